@@ -1,0 +1,1 @@
+"""Checkpoints on disk: families, reading, writing, the audit and the manifest."""

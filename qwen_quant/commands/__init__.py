@@ -1,0 +1,1 @@
+"""One Typer function per command: parse, call, print."""

@@ -1,0 +1,1 @@
+"""Proof against BF16: perplexity and divergence."""

@@ -1,0 +1,1 @@
+"""Models that transformers does not define, and the block-by-block skeleton of those it does."""

@@ -1,0 +1,173 @@
+"""Frozen settings of a run, validated once at the border, and their TOML file (`qwen-quant.toml`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_quant.errors import InputError, UsageError
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (-1, 32, 64, 128)
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+ORDERS = ("activation", "column")
+SCALE_METHODS = ("search", "minmax")
+DEVICES = ("auto", "cpu", "cuda")
+RECIPE_NAME = "qwen-quant.toml"
+
+
+def _require(condition: bool, what: str, next_step: str) -> None:
+    if not condition:
+        raise InputError(what, next_step=next_step)
+
+
+@dataclass(frozen=True)
+class GPTQConfig:
+    """What the solver does to each linear.
+
+    Attributes:
+        bits: width of one code: 2, 3, 4 or 8.
+        group_size: input columns that share a scale; -1 is one group per row.
+        sym: symmetric grid (zero fixed at 2^(bits-1)); else a zero per group in 1..2^bits-1.
+        desc_act: groups follow the activation order (g_idx is a permutation); needs kernels that read g_idx.
+        damp_percent: fraction of the mean Hessian diagonal added to it before it is factored.
+        order: "activation" solves columns by falling Hessian diagonal with STATIC groups (no permutation on disk);
+            "column" solves left to right.
+        scales: "search" is the Hessian-weighted search of `grid.py`; "minmax" is the plain range.
+        asymmetric_calibration: solve against the inputs of the full-precision stream (see `gptq.py`).
+        rounding_only: no solving at all: plain rounding, the baseline of every comparison.
+        checkpoint_format: "gptq" stores zero-1 in qzeros, "gptq_v2" stores zero.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    damp_percent: float = 0.01
+    order: str = "activation"
+    scales: str = "search"
+    asymmetric_calibration: bool = True
+    rounding_only: bool = False
+    checkpoint_format: str = "gptq"
+
+    def __post_init__(self) -> None:
+        """Refuse a value outside its range with one InputError that names it."""
+        _require(self.bits in BITS, f"bits is {self.bits}", f"use one of {BITS}")
+        _require(self.group_size in GROUP_SIZES, f"group_size is {self.group_size}", f"use one of {GROUP_SIZES}")
+        _require(0 < self.damp_percent < 1, f"damp_percent is {self.damp_percent}", "use a fraction in (0, 1), e.g. 0.01")
+        _require(self.order in ORDERS, f"order is {self.order!r}", f"use one of {ORDERS}")
+        _require(self.scales in SCALE_METHODS, f"scales is {self.scales!r}", f"use one of {SCALE_METHODS}")
+        _require(
+            self.checkpoint_format in CHECKPOINT_FORMATS,
+            f"checkpoint_format is {self.checkpoint_format!r}",
+            f"use one of {CHECKPOINT_FORMATS}",
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which text the solver sees.
+
+    Attributes:
+        source: "bundled", or the path of a .json/.jsonl/.txt file.
+        num_samples: rows of `seq_len` tokens.
+        seq_len: tokens per row.
+        seed: picks and orders the rows.
+    """
+
+    source: str = "bundled"
+    num_samples: int = 128
+    seq_len: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a value outside its range with one InputError that names it."""
+        _require(self.num_samples >= 1, f"num_samples is {self.num_samples}", "use 1 or more")
+        _require(self.seq_len >= 16, f"seq_len is {self.seq_len}", "use 16 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how a run happens; nothing here changes the artifact's weights (but for the device's arithmetic).
+
+    Attributes:
+        device: "auto", "cpu" or "cuda".
+        max_shard_size_bytes: upper bound of one safetensors file (a larger single tensor gets a file of its own).
+        resume: continue the unfinished run of the same output.
+        force: replace an existing output, once the new one is complete.
+    """
+
+    device: str = "auto"
+    max_shard_size_bytes: int = 2_000_000_000
+    resume: bool = True
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a value outside its range with one InputError that names it."""
+        _require(self.device in DEVICES, f"device is {self.device!r}", f"use one of {DEVICES}")
+        _require(self.max_shard_size_bytes > 0, "max_shard_size is not positive", "use e.g. 2GB")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One project: what is quantized, to where, and how. `None` means that the command line has to say it."""
+
+    model: str | None = None
+    out: str | None = None
+    gptq: GPTQConfig = field(default_factory=GPTQConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "2GB", "500MB", "1.5GiB" or a bare number of bytes (UsageError otherwise)."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    clean = text.strip().upper()
+    number = clean.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = clean[len(number) :].strip()
+    try:
+        value = float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise UsageError(f"'{text}' is not a size", next_step="write it as 2GB, 500MB or 1.5GiB") from None
+    if value < 1:
+        raise UsageError(f"'{text}' is less than one byte", next_step="write it as 2GB, 500MB or 1.5GiB")
+    return int(value)
+
+
+def _section(table: dict[str, Any], name: str, cls: type, path: Path) -> Any:
+    """One TOML table as its frozen config; an unknown key is an error that lists the known ones."""
+    values = table.pop(name, {})
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: [{name}] is not a table")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(f"{path}: unknown key '{key}' in [{name}]", next_step=f"known keys: {', '.join(known)}")
+        default = known[key].default
+        right = isinstance(value, (int, float)) and not isinstance(value, bool) if isinstance(default, float) else None
+        if right is None:
+            right = type(value) is type(default)
+        if not right:
+            raise InputError(f"{path}: [{name}] {key} = {value!r} is not of type {type(default).__name__}")
+    return cls(**values)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read `qwen-quant.toml`. Errors: InputError naming the file, the table and the key."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"cannot read the recipe {path}", str(error), "fix the file or write a new one: qwen-quant init") from error
+    run_table = table.get("run", {})
+    if isinstance(run_table, dict) and "max_shard_size" in run_table:
+        run_table["max_shard_size_bytes"] = parse_size(str(run_table.pop("max_shard_size")))
+    gptq = _section(table, "gptq", GPTQConfig, path)
+    calibration = _section(table, "calibration", CalibrationConfig, path)
+    run = _section(table, "run", RunConfig, path)
+    model, out = table.pop("model", None), table.pop("out", None)
+    if table:
+        raise InputError(f"{path}: unknown key '{next(iter(table))}'", next_step="known: model, out, [gptq], [calibration], [run]")
+    return Recipe(model=model, out=out, gptq=gptq, calibration=calibration, run=run)

@@ -1,0 +1,1 @@
+"""Running quantized folders: loading them and their linears."""
