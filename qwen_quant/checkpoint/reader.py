@@ -1,0 +1,161 @@
+"""Lazy reading of safetensors checkpoints, one tensor at a time, by name.
+
+A tensor is read with plain file reads into memory of its own, not through a memory map: what has been read and dropped
+does not stay in the resident set, so the peak is what the caller holds.
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qwen_quant.errors import InputError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HASH_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `file`, absolute byte `offset` and `nbytes` in it, with its dtype and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def _read_header(path: Path) -> list[TensorInfo]:
+    """Every tensor of one safetensors file. Errors: InputError for a truncated, corrupt or foreign file."""
+    try:
+        with safe_open(path, framework="pt"):  # the format's own library checks lengths, overlaps and holes
+            pass
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is truncated or corrupt", str(error), "fetch this file again") from error
+    infos = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"{path}: tensor '{name}' has dtype {entry['dtype']}", next_step="give a BF16, F16 or F32 checkpoint")
+        begin, end = entry["data_offsets"]
+        infos.append(TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + size + begin, end - begin))
+    return infos
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files of a folder and, when there is an index, its weight map."""
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index} cannot be read", str(error), "fetch this file again") from error
+        for name in names:
+            if not (folder / name).is_file():
+                raise InputError(f"{index} names {name}, which is absent", next_step=f"fetch {name} again")
+        return [folder / name for name in names], weight_map
+    if single.is_file():
+        return [single], None
+    if any(True for pattern in PICKLE_PATTERNS for _ in folder.glob(pattern)):
+        raise InputError(
+            f"{folder} holds pickle weights only",
+            "a pickle can run code, so it is never read here",
+            "convert it once in a sandbox: load the state dict with torch.load(..., weights_only=True), then safetensors.torch.save_file",
+        )
+    raise InputError(f"{folder} is not a checkpoint", f"it holds neither {SINGLE_FILE} nor {INDEX_FILE}", "give a model folder")
+
+
+class CheckpointReader:
+    """Reads tensors of a safetensors folder (single file or sharded) by name; holds only the headers.
+
+    Errors: InputError for files that are missing, truncated, inconsistent with the index, or pickles.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder", next_step="give the folder of a checkpoint or a hub id org/name")
+        self.files, weight_map = _weight_files(folder)
+        self._infos: dict[str, TensorInfo] = {}
+        for path in self.files:
+            for info in _read_header(path):
+                if info.name in self._infos:
+                    raise InputError(f"tensor '{info.name}' is in two files of {folder}", next_step="fetch the checkpoint again")
+                self._infos[info.name] = info
+        for name, file in (weight_map or {}).items():
+            if name not in self._infos or self._infos[name].file.name != file:
+                raise InputError(f"{folder}: the index places '{name}' in {file}, which does not hold it", next_step=f"fetch {file} again")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor name, in file order."""
+        return tuple(self._infos)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self._infos.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype, shape and place of tensor `name` (InputError when it is missing)."""
+        if name not in self._infos:
+            raise InputError(f"{self.folder} lacks the tensor '{name}'", next_step="fetch the checkpoint again")
+        return self._infos[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name` as stored, in memory of its own."""
+        info = self.info(name)
+        buffer = bytearray(info.nbytes)
+        with open(info.file, "rb", buffering=0) as file:
+            file.seek(info.offset)
+            view, done = memoryview(buffer), 0
+            while done < info.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{info.file} ended inside '{name}'", next_step="fetch this file again")
+                done += count
+        if not math.prod(info.shape):
+            return torch.empty(info.shape, dtype=info.dtype)
+        return torch.frombuffer(buffer, dtype=info.dtype).view(info.shape)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, read in 4 MiB steps."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
