@@ -27,12 +27,14 @@ class SubBlock:
         module: name in the block of the mixer or MLP.
         inputs: linears (names in the block) that all read the normalized input.
         output: the linear (name in the block) that is the module's last operation.
+        takes_context: whether the module takes the block's keyword arguments (mask, positions).
     """
 
     norm: str
     module: str
     inputs: tuple[str, ...]
     output: str
+    takes_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,13 @@ class ModelSpec:
 
 
 _DENSE_BLOCK = (
-    SubBlock("input_layernorm", "self_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
+    SubBlock(
+        "input_layernorm",
+        "self_attn",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj",
+        takes_context=True,
+    ),
     SubBlock("post_attention_layernorm", "mlp", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
 )
 _DENSE_KEEP: KeepRules = (

@@ -1,0 +1,231 @@
+"""Quantize one decoder block, linear group by linear group, each seeing the inputs its predecessors really give.
+
+A block is two pre-norm halves x + output(body(norm(x))).  For each half, and for each stream (quantized so far, and the
+full-precision one of asymmetric calibration):
+
+1. norm(x) feeds the Hessian of the linears that share it; they are solved stacked, as one matrix.
+2. the half runs once up to its last linear (replaced by an identity): its input z feeds that linear's Hessian.
+3. x + output(z) becomes the new x.
+
+So a block costs ONE forward pass per stream.  z is kept between 2 and 3 where it fits `CACHE_BYTES`, else the half's
+body is run a second time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_quant.activations import BYTES_PER_VALUE, ActivationStore
+from qwen_quant.checkpoint.families import SubBlock
+from qwen_quant.gptq import HessianAccumulator, QuantizedWeight, SolveStats, quantize_weight
+from qwen_quant.recipe import GPTQConfig
+from qwen_quant.results import LayerStats
+
+CACHE_BYTES = 512 << 20
+BATCH_BYTES = 64 << 20
+ONE_THREAD_COLUMNS = 2048
+logger = logging.getLogger(__name__)
+
+
+class CodesLinear(nn.Module):
+    """A linear whose weight is kept as codes and dequantized, exactly, each time it runs."""
+
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, device: torch.device) -> None:
+        super().__init__()
+        self.quantized = QuantizedWeight(
+            quantized.codes.to(device), quantized.scales.to(device), quantized.zeros.to(device), quantized.g_idx.to(device)
+        )
+        self.bias = bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., in] -> [..., out] in the input's dtype."""
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return nn.functional.linear(inputs, self.quantized.dequantized().to(inputs.dtype), bias)
+
+
+@dataclass
+class Stream:
+    """One copy of the calibration set on its way through the model: its block, and its hidden states."""
+
+    block: nn.Module
+    states: ActivationStore
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """What a block's solve needs besides the weights.
+
+    Attributes:
+        prefix: disk prefix of the block, with its closing dot.
+        context: keyword arguments of the block's mixer.
+        device, dtype: of the forward passes.
+        config: the solver's settings.
+    """
+
+    prefix: str
+    context: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    config: GPTQConfig
+
+
+@dataclass(frozen=True)
+class SolvedLinear:
+    """One quantized linear and its statistics."""
+
+    name: str
+    weight: QuantizedWeight
+    stats: LayerStats
+
+
+def batch_rows(tokens: int, widest: int) -> int:
+    """Rows per batch, so that one FP32 activation of the widest linear stays near BATCH_BYTES."""
+    return max(1, BATCH_BYTES // (4 * tokens * widest))
+
+
+def run_body(block: nn.Module, sub: SubBlock, hidden: Tensor, context: dict[str, Any]) -> Tensor:
+    """The half's module on norm(hidden), with whatever now stands at its output linear."""
+    module = block.get_submodule(sub.module)
+    normed = block.get_submodule(sub.norm)(hidden)
+    result = module(hidden_states=normed, **context) if sub.takes_context else module(normed)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _tap(block: nn.Module, sub: SubBlock, hidden: Tensor, context: dict[str, Any]) -> Tensor:
+    """Input of the half's output linear."""
+    linear = block.get_submodule(sub.output)
+    block.set_submodule(sub.output, nn.Identity())
+    try:
+        return run_body(block, sub, hidden, context)
+    finally:
+        block.set_submodule(sub.output, linear)
+
+
+class _Half:
+    """The three steps over one half of a block, for one or two streams (quantized first)."""
+
+    def __init__(self, run: BlockRun, sub: SubBlock, streams: list[Stream]) -> None:
+        self.run, self.sub, self.streams = run, sub, streams
+        block = streams[0].block
+        self.in_width = block.get_submodule(sub.inputs[0]).weight.shape[1]
+        self.tap_width = block.get_submodule(sub.output).weight.shape[1]
+        widest = max(self.tap_width, self.in_width, *(block.get_submodule(n).weight.shape[0] for n in sub.inputs))
+        rows, tokens, _ = streams[0].states.shape
+        step = batch_rows(tokens, widest)
+        self.spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        cached = rows * tokens * self.tap_width * BYTES_PER_VALUE * len(streams) <= CACHE_BYTES
+        shape = (rows, tokens, self.tap_width)
+        self.taps = [ActivationStore(shape) for _ in streams] if cached else None
+
+    def _states(self, stream: Stream, span: tuple[int, int]) -> Tensor:
+        return stream.states.load(*span).to(self.run.device, self.run.dtype)
+
+    def _add(self, hessian: HessianAccumulator, values: list[Tensor]) -> None:
+        flat = [value.flatten(0, -2).float() for value in values]
+        hessian.add(flat[0], flat[1].sub_(flat[0]) if len(flat) == 2 else None)
+
+    def input_hessian(self) -> HessianAccumulator:
+        """Hessian of norm(x)."""
+        hessian = HessianAccumulator(self.in_width, len(self.streams) == 2, self.run.device)
+        for span in self.spans:
+            self._add(hessian, [s.block.get_submodule(self.sub.norm)(self._states(s, span)) for s in self.streams])
+        return hessian
+
+    def output_hessian(self) -> HessianAccumulator:
+        """Hessian of z; keeps z (rounded to BF16, as the next step will read it) where it fits."""
+        hessian = HessianAccumulator(self.tap_width, len(self.streams) == 2, self.run.device)
+        for span in self.spans:
+            values = [_tap(s.block, self.sub, self._states(s, span), self.run.context).bfloat16() for s in self.streams]
+            for store, value in zip(self.taps or [], values, strict=False):
+                store.save(span[0], value)
+            self._add(hessian, values)
+        return hessian
+
+    def advance(self, outputs: list[ActivationStore]) -> None:
+        """Write x + output(z) of every stream to `outputs` (which may be the stores x comes from)."""
+        for k, stream in enumerate(self.streams):
+            linear = stream.block.get_submodule(self.sub.output)
+            for span in self.spans:
+                hidden = self._states(stream, span)
+                if self.taps is None:
+                    tap = _tap(stream.block, self.sub, hidden, self.run.context).bfloat16()
+                else:
+                    tap = self.taps[k].load(*span)
+                outputs[k].save(span[0], hidden + linear(tap.to(self.run.device, self.run.dtype)))
+            stream.states = outputs[k]
+
+
+def _solve_group(run: BlockRun, block: nn.Module, names: tuple[str, ...], hessian: HessianAccumulator) -> list[SolvedLinear]:
+    """Solve the linears `names` of the quantized block as one stacked matrix and put their codes in place."""
+    modules = [block.get_submodule(name) for name in names]
+    label = ", ".join(run.prefix + name for name in names)
+    weight = torch.cat([module.weight.float() for module in modules]) if len(modules) > 1 else modules[0].weight
+    started, threads = time.perf_counter(), torch.get_num_threads()
+    if weight.shape[1] <= ONE_THREAD_COLUMNS and run.device.type == "cpu":
+        torch.set_num_threads(1)  # thousands of small operations: thread barriers cost more than the second core gives
+    try:
+        whole, stats = quantize_weight(weight, hessian, run.config, name=label)
+    finally:
+        torch.set_num_threads(threads)
+    seconds = time.perf_counter() - started
+    if stats.damp_percent > run.config.damp_percent:
+        logger.warning("%s: damping escalated to %g to factor the Hessian", label, stats.damp_percent)
+    if stats.dead_columns:
+        logger.warning("%s: %d of %d input columns were never active", label, stats.dead_columns, weight.shape[1])
+    solved, start = [], 0
+    for name, module in zip(names, modules, strict=True):
+        rows = slice(start, start + module.weight.shape[0])
+        part = QuantizedWeight(whole.codes[rows], whole.scales[rows], whole.zeros[rows], whole.g_idx)
+        share = seconds * module.weight.shape[0] / weight.shape[0]
+        layer = _layer_stats(run.prefix + name, part, stats, rows, (hessian.tokens, share))
+        block.set_submodule(name, CodesLinear(part, module.bias, run.device))
+        solved.append(SolvedLinear(run.prefix + name, part, layer))
+        start = rows.stop
+    return solved
+
+
+def _layer_stats(name: str, part: QuantizedWeight, stats: SolveStats, rows: slice, measured: tuple[int, float]) -> LayerStats:
+    energy = float(stats.row_energy[rows].sum())
+    loss, rounding = float(stats.row_loss[rows].sum()), float(stats.row_rounding_loss[rows].sum())
+    out_features, in_features = part.codes.shape
+    return LayerStats(
+        name=name,
+        in_features=in_features,
+        out_features=out_features,
+        relative_error=(max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0,
+        rounding_error=(max(rounding, 0.0) / energy) ** 0.5 if energy > 0 else 0.0,
+        damp_percent=stats.damp_percent,
+        dead_columns=stats.dead_columns,
+        tokens=measured[0],
+        seconds=measured[1],
+    )
+
+
+@torch.no_grad()
+def quantize_block(
+    run: BlockRun, sub_blocks: tuple[SubBlock, ...], streams: list[Stream], outputs: list[ActivationStore]
+) -> list[SolvedLinear]:
+    """Quantize every linear of a block and move the streams' hidden states past it.
+
+    Args:
+        run: settings and context.
+        sub_blocks: the halves.
+        streams: [quantized] or [quantized, full precision]; the first one's block is changed in place.
+        outputs: where the new hidden states go, one store per stream.
+
+    Returns:
+        The solved linears in order. Errors: InputError from the solver, with the linear named.
+    """
+    solved: list[SolvedLinear] = []
+    for sub in sub_blocks:
+        half = _Half(run, sub, streams)
+        solved += _solve_group(run, streams[0].block, sub.inputs, half.input_hessian())
+        solved += _solve_group(run, streams[0].block, (sub.output,), half.output_hessian())
+        half.advance(outputs)
+    return solved

@@ -1,0 +1,147 @@
+"""A model as transformers defines it, on the meta device, with one decoder block materialised at a time.
+
+Nothing here knows an architecture: the masks, rotary tables and other arguments of every block are recorded by running
+the decoder once with its blocks replaced by recorders, and a block is a copy of transformers' own module whose
+parameters are filled from a `fetch(name) -> Tensor` callable.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from qwen_quant.checkpoint.families import ModelSpec
+from qwen_quant.errors import InputError
+
+Fetch = Callable[[str], Tensor]
+
+
+class CastLinear(nn.Module):
+    """A linear that keeps its weight [out, in] as stored and casts it to the input's dtype when it runs."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., in] -> [..., out] in the input's dtype."""
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return functional.linear(inputs, self.weight.to(inputs.dtype), bias)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: returns its input and remembers the other arguments."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.kwargs: dict[str, Any] = {}
+        for name in ("attention_type", "layer_type"):
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep the keyword arguments, pass the hidden states through."""
+        self.kwargs = kwargs
+        return hidden_states
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """BF16 where the hardware multiplies it natively (CUDA, AVX512-BF16, AMX), else FP32."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    from qwen_quant.environment import cpu_features
+
+    return torch.bfloat16 if {"avx512_bf16", "amx_bf16"} & set(cpu_features()) else torch.float32
+
+
+def meta_model(spec: ModelSpec) -> PreTrainedModel:
+    """transformers' own model of `spec` on the meta device (InputError when its config does not fit)."""
+    values = {key: value for key, value in spec.config.items() if key not in ("quantization_config", "auto_map")}
+    try:
+        config = CONFIG_MAPPING[spec.family.model_type].from_dict(values)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise InputError("config.json does not describe a model that transformers can build", str(error), "fetch config.json again") from error
+    return model.eval()
+
+
+def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter a checkpoint of `model` must hold (tied copies left out)."""
+    tied = set(model.all_tied_weights_keys)
+    persistent = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return {name: shape for name, shape in persistent.items() if name not in tied}
+
+
+class Skeleton:
+    """Blocks and their call arguments for one ModelSpec.
+
+    Args:
+        spec: architecture.
+        device: where blocks live.
+        dtype: compute dtype of activations and of everything that is not a linear.
+    """
+
+    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        self.spec, self.device, self.dtype = spec, device, dtype
+        self.model = meta_model(spec)
+        self._blocks = list(self.model.get_decoder().layers)
+        self._contexts: dict[int, list[dict[str, Any]]] = {}
+
+    def context(self, layer: int, sequence_length: int) -> dict[str, Any]:
+        """Keyword arguments that block `layer` gets for unpadded rows of `sequence_length` tokens."""
+        if sequence_length not in self._contexts:
+            self._contexts = {sequence_length: self._record(sequence_length)}
+        return self._contexts[sequence_length][layer]
+
+    def _record(self, sequence_length: int) -> list[dict[str, Any]]:
+        decoder = self.model.get_decoder()
+        recorders = [_Recorder(block) for block in self._blocks]
+        norm_name = self.spec.family.final_norm.rsplit(".", 1)[-1]
+        norm, rotary = getattr(decoder, norm_name), decoder.rotary_emb
+        decoder.layers = nn.ModuleList(recorders)
+        setattr(decoder, norm_name, nn.Identity())
+        decoder.rotary_emb = type(rotary)(config=decoder.config).to(self.device)
+        embeds = torch.zeros(1, sequence_length, self.spec.hidden_size, dtype=self.dtype, device=self.device)
+        try:
+            with torch.no_grad():
+                decoder(inputs_embeds=embeds, use_cache=False)
+        finally:
+            decoder.layers, decoder.rotary_emb = nn.ModuleList(self._blocks), rotary
+            setattr(decoder, norm_name, norm)
+        return [recorder.kwargs for recorder in recorders]
+
+    def block(self, layer: int, fetch: Fetch) -> nn.Module:
+        """Block `layer` with its parameters from `fetch(full disk name)`: linears as stored, the rest in `dtype`."""
+        block = copy.deepcopy(self._blocks[layer])
+        prefix = self.spec.layer_prefix(layer)
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear):
+                bias = fetch(f"{prefix}{name}.bias").to(self.device) if module.bias is not None else None
+                block.set_submodule(name, CastLinear(fetch(f"{prefix}{name}.weight").to(self.device), bias))
+        for name, parameter in list(block.named_parameters()):
+            if parameter.is_meta:
+                owner, leaf = block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+                value = fetch(prefix + name).to(self.device, self.dtype)
+                setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+        return block.eval()
+
+    def final_norm(self, fetch: Fetch) -> nn.Module:
+        """The normalization in front of the head, in `dtype`."""
+        name = self.spec.family.final_norm
+        norm = copy.deepcopy(self.model.get_submodule(name))
+        norm.weight = nn.Parameter(fetch(name + ".weight").to(self.device, self.dtype), requires_grad=False)
+        return norm
+
+    def head_name(self) -> str:
+        """Disk name of the output head's weight (the embedding's when they are tied)."""
+        family = self.spec.family
+        return (family.embedding if self.spec.tied_head else family.head) + ".weight"
