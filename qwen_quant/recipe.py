@@ -112,6 +112,29 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """How an artifact is compared with its baseline.
+
+    Attributes:
+        text: UTF-8 text to score; None is the bundled evaluation text.
+        window_tokens: length of one window; windows do not overlap.
+        max_windows: score only the first windows; None is all of them.
+        device: "auto", "cpu" or "cuda".
+    """
+
+    text: Path | None = None
+    window_tokens: int = 1024
+    max_windows: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse a value outside its range with one InputError that names it."""
+        _require(self.window_tokens >= 2, f"window_tokens is {self.window_tokens}", "use 2 or more")
+        _require(self.max_windows is None or self.max_windows >= 1, f"max_windows is {self.max_windows}", "use 1 or more")
+        _require(self.device in DEVICES, f"device is {self.device!r}", f"use one of {DEVICES}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One project: what is quantized, to where, and how. `None` means that the command line has to say it."""
 

@@ -1,0 +1,49 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both create .venv with the tested versions if needed.
+#   make test PYTHON=python3.12               another interpreter (3.11 or newer)
+#   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"    the small CPU build of torch
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+DEMO_OUT ?= demo-out
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+PEER_VENV ?= .venv-peer
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help venv demo test lint bench interop clean
+
+help:
+	@echo "make demo     quantize the checkpoint shipped with the package and compare it with BF16"
+	@echo "make test     the default tests (CPU, offline)"
+	@echo "make lint     ruff and mypy"
+	@echo "make bench    side by side against peers (fetches the peer's own environment)"
+	@echo "make interop  other tools load what we write (fetches the peer's own environment)"
+	@echo "make clean    remove build and test leftovers (keeps $(VENV))"
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "qwen-quant needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(VENV)/bin/qwen-quant demo --out $(DEMO_OUT) --force
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+interop: $(INSTALLED)
+	test -x $(PEER_VENV)/bin/python || bash scripts/make_peer_venv.sh $(PEER_VENV)
+	QWEN_QUANT_PEER_PYTHON=$(PEER_VENV)/bin/python $(VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(DEMO_OUT)

@@ -1,0 +1,267 @@
+"""The only module that prints.
+
+stdout carries the result: a table for people, or with --json exactly one JSON document. stderr carries progress (only
+on a terminal), warnings and errors. A reader that closes the pipe early does not change a command's exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qwen_quant.errors import QwenQuantError
+from qwen_quant.progress import ProgressFn, no_progress
+from qwen_quant.results import to_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = "qwen-quant/1"
+LOGGER = "qwen_quant"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table: `columns` are headings, the first column is left-aligned and the others are figures."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a command has to say: `data` for --json, `parts` (lines and tables, in order) for people."""
+
+    command: str
+    data: dict[str, Any]
+    parts: tuple[str | Table, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Output:
+    """How this run speaks: `json` is one document on stdout, `quiet` is no progress, no notes and no warnings."""
+
+    json: bool = False
+    quiet: bool = False
+
+    @property
+    def interactive(self) -> bool:
+        """Whether progress may be drawn: stderr is a terminal and --quiet was not given."""
+        return not self.quiet and sys.stderr.isatty()
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people, in binary units: 1536 -> "1.5 KiB"."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} B" if unit == "B" else f"{value:.{1 if value >= 10 else 2}f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds for people: 4.21 -> "4.2 s", 75 -> "1 min 15 s", 7260 -> "2 h 01 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_count(count: int) -> str:
+    """A count for people: 134515008 -> "134.5 M"."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**4, "k")):
+        if count >= size:
+            return f"{count / (1000 if unit == 'k' else size):.1f} {unit}"
+    return str(count)
+
+
+def show(report: Report, output: Output, error: QwenQuantError | None = None) -> None:
+    """Print a result on stdout; an `error` that belongs to it (a failed gate) goes along in the same document."""
+    if output.json:
+        document = {"schema": SCHEMA, "command": report.command, **to_json(report.data)}
+        if error is not None:
+            document["error"] = error_fields(error)
+        _write_json(document)
+    else:
+        _write_stdout("".join(_render(part) for part in report.parts))
+    if error is not None:
+        _write_stderr(error_text(error))
+
+
+def show_error(error: QwenQuantError, *, as_json: bool) -> None:
+    """Print an error as one message on stderr and, with --json, as one document on stdout."""
+    _write_stderr(error_text(error))
+    if as_json:
+        _write_json({"schema": SCHEMA, "error": error_fields(error)})
+
+
+def note(text: str, output: Output) -> None:
+    """Print one remark about the run on stderr (not with --quiet)."""
+    if not output.quiet:
+        _write_stderr(text.rstrip("\n") + "\n")
+
+
+def error_fields(error: QwenQuantError) -> dict[str, Any]:
+    """The JSON form of an error: type, message, what, why, next_step and exit_code."""
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "what": error.what,
+        "why": error.why,
+        "next_step": error.next_step,
+        "exit_code": error.exit_code,
+    }
+
+
+def error_text(error: QwenQuantError) -> str:
+    """The form of an error for people: "error: what: why", then what to do next on a line of its own."""
+    lines = [f"error: {error}"]
+    if error.next_step:
+        lines.append(f"  next: {error.next_step}")
+    return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def running(output: Output) -> Iterator[ProgressFn]:
+    """Attach the one log handler and, on a terminal, a progress bar with ETA and rate; yields the ProgressFn."""
+    logger = logging.getLogger(LOGGER)
+    handler = _StderrHandler(logging.ERROR if output.quiet else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        if not output.interactive:
+            yield no_progress
+            return
+        with _Bar() as bar:
+            handler.console = bar.console
+            yield bar.update
+    finally:
+        logger.removeHandler(handler)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes log records to stderr, above the progress bar when there is one."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.console: Console | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.levelname.lower()}: {record.getMessage()}"
+        if self.console is not None:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            _write_stderr(text + "\n")
+
+
+class _Bar:
+    """One rich progress bar on stderr; a new `total` or a smaller `done` starts its clock again."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True)
+        rate = TextColumn("{task.fields[rate]}")
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), rate)
+        times = (TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._progress = Progress(*columns, *times, console=self.console, transient=True)
+        self._task = self._progress.add_task("", total=None, visible=False, rate="")
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def update(self, label: str, done: int, total: int) -> None:
+        """The ProgressFn of this bar."""
+        task = self._progress.tasks[0]
+        if task.total != total or done < task.completed:
+            self._progress.reset(self._task, total=total, completed=0, visible=True)
+        self._progress.update(self._task, description=label, completed=done, rate=_rate(task.speed))
+
+
+def _rate(steps_per_second: float | None) -> str:
+    if not steps_per_second:
+        return ""
+    return f"{steps_per_second:.1f}/s" if steps_per_second >= 1 else f"{1 / steps_per_second:.1f} s each"
+
+
+def _render(part: str | Table) -> str:
+    """Text of one part. Tables are drawn by rich into a string, so that only `_write_stdout` touches stdout."""
+    if isinstance(part, str):
+        return part.rstrip("\n") + "\n"
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    table = RichTable(title=part.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for position, heading in enumerate(part.columns):
+        table.add_column(heading, justify="left" if position == 0 else "right", no_wrap=True)
+    for row in part.rows:
+        table.add_row(*_plain(row))
+    console = Console(width=_table_width(part), force_terminal=sys.stdout.isatty(), legacy_windows=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def _plain(cells: Sequence[str]) -> list[Any]:
+    from rich.text import Text
+
+    return [Text(cell) for cell in cells]
+
+
+def _table_width(table: Table) -> int:
+    """Characters the table needs, so that piped output is never cut at 80 columns."""
+    rows = (table.columns, *table.rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
+    return max(sum(widths) + 3 * len(widths) + 2, len(table.title) + 2, 20)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: such a number becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _write_json(document: dict[str, Any]) -> None:
+    _write_stdout(json.dumps(_finite(to_json(document)), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_stdout(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        close_stdout()
+
+
+def _write_stderr(text: str) -> None:
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def close_stdout() -> None:
+    """Point stdout at nothing after its reader has gone, so that the interpreter's last flush is silent."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
