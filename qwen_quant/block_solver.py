@@ -39,7 +39,10 @@ class CodesLinear(nn.Module):
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, device: torch.device) -> None:
         super().__init__()
         self.quantized = QuantizedWeight(
-            quantized.codes.to(device), quantized.scales.to(device), quantized.zeros.to(device), quantized.g_idx.to(device)
+            quantized.codes.to(device),
+            quantized.scales.to(device),
+            quantized.zeros.to(device),
+            quantized.g_idx.to(device),
         )
         self.bias = bias
 
@@ -126,9 +129,16 @@ class _Half:
     def _states(self, stream: Stream, span: tuple[int, int]) -> Tensor:
         return stream.states.load(*span).to(self.run.device, self.run.dtype)
 
-    def _add(self, hessian: HessianAccumulator, values: list[Tensor]) -> None:
+    def _add(self, hessian: HessianAccumulator, values: list[Tensor], residual: Tensor | None = None) -> None:
         flat = [value.flatten(0, -2).float() for value in values]
-        hessian.add(flat[0], flat[1].sub_(flat[0]) if len(flat) == 2 else None)
+        hessian.add(flat[0], flat[1] - flat[0] if len(flat) == 2 else None, residual)
+
+    def _residual(self, span: tuple[int, int]) -> Tensor | None:
+        """What the quantized stream's x lacks to the full-precision one's, FP32 [tokens, hidden] (None for one stream)."""
+        if len(self.streams) == 1:
+            return None
+        quantized, full = (self._states(stream, span).float() for stream in self.streams)
+        return (full - quantized).flatten(0, -2)
 
     def input_hessian(self) -> HessianAccumulator:
         """Hessian of norm(x)."""
@@ -144,7 +154,7 @@ class _Half:
             values = [_tap(s.block, self.sub, self._states(s, span), self.run.context).bfloat16() for s in self.streams]
             for store, value in zip(self.taps or [], values, strict=False):
                 store.save(span[0], value)
-            self._add(hessian, values)
+            self._add(hessian, values, self._residual(span))
         return hessian
 
     def advance(self, outputs: list[ActivationStore]) -> None:
@@ -161,7 +171,9 @@ class _Half:
             stream.states = outputs[k]
 
 
-def _solve_group(run: BlockRun, block: nn.Module, names: tuple[str, ...], hessian: HessianAccumulator) -> list[SolvedLinear]:
+def _solve_group(
+    run: BlockRun, block: nn.Module, names: tuple[str, ...], hessian: HessianAccumulator
+) -> list[SolvedLinear]:
     """Solve the linears `names` of the quantized block as one stacked matrix and put their codes in place."""
     modules = [block.get_submodule(name) for name in names]
     label = ", ".join(run.prefix + name for name in names)
@@ -190,7 +202,9 @@ def _solve_group(run: BlockRun, block: nn.Module, names: tuple[str, ...], hessia
     return solved
 
 
-def _layer_stats(name: str, part: QuantizedWeight, stats: SolveStats, rows: slice, measured: tuple[int, float]) -> LayerStats:
+def _layer_stats(
+    name: str, part: QuantizedWeight, stats: SolveStats, rows: slice, measured: tuple[int, float]
+) -> LayerStats:
     energy = float(stats.row_energy[rows].sum())
     loss, rounding = float(stats.row_loss[rows].sum()), float(stats.row_rounding_loss[rows].sum())
     out_features, in_features = part.codes.shape

@@ -27,7 +27,9 @@ from qwen_quant.grid import Grid, dequantize, find_grid, round_codes
 from qwen_quant.recipe import GPTQConfig
 
 SOLVE_BLOCK = 128
+ROW_CHUNK_VALUES = 12 << 20
 ASYMMETRIC_STRENGTH = 0.5
+RESIDUAL_STRENGTH = 0.5
 DAMP_ESCALATION = 10.0
 MAX_DAMP_PERCENT = 1.0
 
@@ -73,10 +75,7 @@ class SolveStats:
 
 @dataclass
 class HessianAccumulator:
-    """Sums X^T X (and D^T X for asymmetric calibration) in FP32 over batches.
-
-    `add` takes X [tokens, in] and D = X_full_precision - X of the same tokens (or None).
-    """
+    """Sums over batches, in FP32, of X^T X and, for asymmetric calibration, of D^T X and R^T X (see `add`)."""
 
     columns: int
     asymmetric: bool
@@ -87,13 +86,33 @@ class HessianAccumulator:
         """Allocate the FP32 [in, in] sums."""
         self.gram = torch.zeros(self.columns, self.columns, device=self.device)
         self.cross = torch.zeros_like(self.gram) if self.asymmetric else None
+        self.residual: Tensor | None = None
 
-    def add(self, inputs: Tensor, difference: Tensor | None = None, token_weights: Tensor | None = None) -> None:
-        """Add one batch: inputs FP32 [tokens, in]; `token_weights` FP32 [tokens] scales each token's contribution."""
+    def add(
+        self,
+        inputs: Tensor,
+        difference: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        token_weights: Tensor | None = None,
+    ) -> None:
+        """Add one batch of tokens.
+
+        Args:
+            inputs: X, FP32 [tokens, in].
+            difference: D = X_full_precision - X, FP32 [tokens, in].
+            residual: what the residual stream lacks where the layer's output is added, FP32 [tokens, out].
+            token_weights: FP32 [tokens], how much each token counts (None: all the same).
+        """
         if token_weights is not None:
             root = token_weights.sqrt().unsqueeze(1)
             inputs = inputs * root
             difference = None if difference is None else difference * root
+            residual = None if residual is None else residual * root
+        if residual is not None:
+            if self.residual is None:
+                self.residual = torch.zeros(residual.shape[1], self.columns, device=self.device)
+            self.residual.addmm_(residual.mT, inputs)
         self.tokens += inputs.shape[0]
         if inputs.device.type == "cpu":
             rows = inputs.contiguous().numpy()
@@ -130,12 +149,6 @@ def _factored(gram: Tensor, order: Tensor, damp_percent: float, name: str) -> tu
         damp = min(damp * DAMP_ESCALATION, MAX_DAMP_PERCENT)
 
 
-def _target(weight: Tensor, cross: Tensor, order: Tensor, inverse: Tensor, strength: float) -> Tensor:
-    """Reordered W + strength * W C H^-1, all [in, out]: H^-1 C^T W^T with H^-1 = Linv^T Linv."""
-    shift = (cross.mT @ weight)[order]
-    return weight[order].add_(inverse.mT @ (inverse @ shift), alpha=strength)
-
-
 def _solve(target: Tensor, inverse: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> Tensor:
     """The column loop. `target` [in, out] is consumed; scales and zeros are [in, out] views per column.
 
@@ -165,95 +178,128 @@ def _row_losses(change: Tensor, gram: Tensor) -> Tensor:
     return ((gram @ change) * change).sum(0, dtype=torch.float64)
 
 
+def _consecutive_groups(columns: int, group_size: int, device: torch.device) -> Tensor:
+    """g_idx int64 [in] of groups of consecutive columns."""
+    return torch.arange(columns, device=device) // (columns if group_size == -1 else group_size)
+
+
 def _group_index(columns: int, config: GPTQConfig, order: Tensor) -> Tensor:
     """g_idx int64 [in]: consecutive groups, or groups along the solving order for desc_act."""
-    size = columns if config.group_size == -1 else config.group_size
-    index = torch.arange(columns, device=order.device) // size
-    if config.desc_act:
+    index = _consecutive_groups(columns, config.group_size, order.device)
+    if config.desc_act and not config.rounding_only:
         along = torch.empty_like(index)
         along[order.flip(0)] = index
         return along
     return index
 
 
-def _grid_for(weight: Tensor, importance: Tensor, config: GPTQConfig, index: Tensor) -> Grid:
-    """The grid of `weight` [in, out] in its column order (gathered by group first for desc_act)."""
-    gathered = torch.argsort(index, stable=True)
-    weights = importance[gathered] if config.scales == "search" else None
-    return find_grid(weight[gathered], weights, config.bits, config.group_size, config.sym)
+@dataclass(frozen=True)
+class _Problem:
+    """Everything about one solve that does not depend on the row: `order` is reversed, `inverse` is in that order."""
+
+    gram: Tensor
+    cross: Tensor | None
+    residual: Tensor | None
+    order: Tensor
+    inverse: Tensor | None
+    index: Tensor
+    config: GPTQConfig
 
 
-def quantize_weight(weight: Tensor, hessian: HessianAccumulator, config: GPTQConfig, *, name: str) -> tuple[QuantizedWeight, SolveStats]:
+def quantize_weight(
+    weight: Tensor, hessian: HessianAccumulator, config: GPTQConfig, *, name: str
+) -> tuple[QuantizedWeight, SolveStats]:
     """Quantize one weight, or several stacked along rows that share their input.
 
     Args:
         weight: [out, in], any float dtype.
-        hessian: of the inputs; its `gram` is normalized in place and must not be used again for another input.
+        hessian: of the inputs; its sums are normalized in place, so it serves one solve.
         config: settings.
         name: for errors.
 
     Errors: InputError when there were no tokens, an input was not finite, or no damping helps.
     """
+    gram, dead = _normalized(hessian, name)
+    order = _solving_order(gram.diagonal(), config)
+    inverse, damp = (None, 0.0) if config.rounding_only else _factored(gram, order, config.damp_percent, name)
+    index = _group_index(gram.shape[0], config, order)
+    problem = _Problem(gram, hessian.cross, hessian.residual, order, inverse, index, config)
+    step = max(1, ROW_CHUNK_VALUES // weight.shape[1])
+    parts = [_quantize_rows(weight, slice(row, row + step), problem) for row in range(0, weight.shape[0], step)]
+    losses = torch.cat([losses for _, losses in parts], dim=1)
+    whole = QuantizedWeight(
+        torch.cat([part.codes for part, _ in parts]),
+        torch.cat([part.scales for part, _ in parts]),
+        torch.cat([part.zeros for part, _ in parts]),
+        index.to(torch.int32).cpu(),
+    )
+    return whole, SolveStats(losses[0], losses[1], losses[2], damp, dead)
+
+
+def _normalized(hessian: HessianAccumulator, name: str) -> tuple[Tensor, int]:
+    """The mean Gram matrix with dead columns made harmless, and how many there were."""
     if hessian.tokens == 0:
         raise InputError(f"no calibration token reached {name}", next_step="use more calibration text")
-    gram = hessian.gram
-    if not bool(torch.isfinite(gram).all()):
-        raise InputError(f"the inputs of {name} are not finite", "an activation overflowed or the checkpoint is damaged", "check it: qwen-quant inspect")
-    gram.div_(hessian.tokens)
-    original = weight.to(gram.device, torch.float32).mT.contiguous()
-    dead = gram.diagonal() == 0
-    gram.diagonal()[dead] = gram.diagonal().mean().clamp_min(1e-8)
-    order = _solving_order(gram.diagonal(), config)
-    index = _group_index(gram.shape[0], config, order)
-    rounding_grid = find_grid(original, None, config.bits, config.group_size, config.sym)
-    plain_index = _group_index(gram.shape[0], GPTQConfig(group_size=config.group_size), order)
-    rounded = _rounded(original, rounding_grid, plain_index)
-    if config.rounding_only:
-        grid, codes, damp, index = rounding_grid, rounded, 0.0, plain_index
-    else:
-        codes, grid, damp = _solved(original, hessian, config, (order, index), name)
-    scales, zeros = grid.scales[index], grid.zeros[index]
-    stats = SolveStats(
-        _row_losses(dequantize(codes, scales, zeros) - original, gram),
-        _row_losses(dequantize(rounded, rounding_grid.scales[plain_index], rounding_grid.zeros[plain_index]) - original, gram),
-        _row_losses(original, gram),
-        damp,
-        int(dead.sum()),
-    )
-    return _pivot(codes, grid, index), stats
+    for total in (hessian.gram, hessian.cross, hessian.residual):
+        if total is not None:
+            total.div_(hessian.tokens)
+            if not bool(torch.isfinite(total).all()):
+                raise InputError(
+                    f"the inputs of {name} are not finite",
+                    "an activation overflowed or the checkpoint is damaged",
+                    "look at its tensors: qwen-quant inspect",
+                )
+    diagonal = hessian.gram.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = diagonal.mean().clamp_min(1e-8)  # such a column is independent of the others: it is just rounded
+    return hessian.gram, int(dead.sum())
 
 
-def _rounded(weight: Tensor, grid: Grid, index: Tensor) -> Tensor:
-    """Codes [in, out] of plain rounding."""
-    return round_codes(weight, grid.scales[index], grid.zeros[index], grid.max_code)
+def _quantize_rows(weight: Tensor, rows: slice, problem: _Problem) -> tuple[QuantizedWeight, Tensor]:
+    """Some rows of the weight: their codes and FP64 [3, rows] losses (artifact, plain rounding, energy)."""
+    config, index = problem.config, problem.index
+    original = weight[rows].to(problem.gram.device, torch.float32).mT.contiguous()
+    target = original if problem.inverse is None else _target(original, rows, problem)
+    grid = find_grid(original, None, config.bits, config.group_size, config.sym)
+    plain = _consecutive_groups(original.shape[0], config.group_size, original.device)
+    codes = round_codes(original, grid.scales[plain], grid.zeros[plain], grid.max_code)
+    rounded = dequantize(codes, grid.scales[plain], grid.zeros[plain])
+    rounding_loss = _row_losses(rounded.sub_(target), problem.gram)
+    if problem.inverse is not None:
+        codes, grid = _solved(target, problem)
+    change = dequantize(codes, grid.scales[index], grid.zeros[index]).sub_(target)
+    losses = torch.stack([_row_losses(change, problem.gram), rounding_loss, _row_losses(original, problem.gram)])
+    return _pivot(codes, grid, index), losses.cpu()
 
 
-def _solved(
-    original: Tensor, hessian: HessianAccumulator, config: GPTQConfig, layout: tuple[Tensor, Tensor], name: str
-) -> tuple[Tensor, Grid, float]:
-    """Codes [in, out] in column order, their grid, and the damping used; `layout` is (reversed order, g_idx)."""
-    order, index = layout
-    inverse, damp = _factored(hessian.gram, order, config.damp_percent, name)
-    if hessian.cross is not None:
-        hessian.cross.div_(hessian.tokens)
-        target = _target(original, hessian.cross, order, inverse, ASYMMETRIC_STRENGTH)
-    else:
-        target = original[order]
-    importance = torch.empty_like(target[:, 0])
-    importance[order] = _importance(hessian.gram.diagonal()[order], inverse)
-    in_columns = torch.empty_like(target)
-    in_columns[order] = target
-    grid = _grid_for(in_columns, importance, config, index)
-    ordered = index[order]
-    solved = _solve(target, inverse, grid.scales[ordered], grid.zeros[ordered], grid.max_code)
+def _target(original: Tensor, rows: slice, problem: _Problem) -> Tensor:
+    """What the codes should reproduce, [in, out] in column order.
+
+    W + strength * (W C + R) H^-1, with H^-1 = Linv^T Linv and R the part of the output's residual stream to make good.
+    """
+    if problem.cross is None or problem.inverse is None:
+        return original
+    shift = (problem.cross.mT @ original).mul_(ASYMMETRIC_STRENGTH)
+    if problem.residual is not None:
+        shift.add_(problem.residual[rows].mT, alpha=RESIDUAL_STRENGTH)
+    moved = problem.inverse.mT @ (problem.inverse @ shift[problem.order])
+    target = original.clone()
+    target[problem.order] += moved
+    return target
+
+
+def _solved(target: Tensor, problem: _Problem) -> tuple[Tensor, Grid]:
+    """Codes [in, out] in column order and their grid."""
+    assert problem.inverse is not None
+    config, order = problem.config, problem.order
+    gathered = torch.argsort(problem.index, stable=True)
+    importance = problem.gram.diagonal()[gathered] if config.scales == "search" else None
+    grid = find_grid(target[gathered], importance, config.bits, config.group_size, config.sym)
+    ordered = problem.index[order]
+    solved = _solve(target[order], problem.inverse, grid.scales[ordered], grid.zeros[ordered], grid.max_code)
     codes = torch.empty_like(solved)
     codes[order] = solved
-    return codes, grid, damp
-
-
-def _importance(diagonal: Tensor, inverse: Tensor) -> Tensor:
-    """What a squared error in each column costs in the scale search, [in] in reversed solving order."""
-    return diagonal
+    return codes, grid
 
 
 def _pivot(codes: Tensor, grid: Grid, index: Tensor) -> QuantizedWeight:

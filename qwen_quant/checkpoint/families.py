@@ -115,7 +115,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
-            f"{folder} is not a checkpoint", "it holds no config.json", "give a folder with config.json and *.safetensors"
+            f"{folder} is not a checkpoint",
+            "it holds no config.json",
+            "give a folder with config.json and *.safetensors",
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HASH_CHUNK_BYTES = 1 << 22
+_PART_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,13 @@ def _read_header(path: Path) -> list[TensorInfo]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise InputError(f"{path}: tensor '{name}' has dtype {entry['dtype']}", next_step="give a BF16, F16 or F32 checkpoint")
+            raise InputError(
+                f"{path}: tensor '{name}' has dtype {entry['dtype']}", next_step="give a BF16, F16 or F32 checkpoint"
+            )
         begin, end = entry["data_offsets"]
-        infos.append(TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + size + begin, end - begin))
+        infos.append(
+            TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + size + begin, end - begin)
+        )
     return infos
 
 
@@ -92,7 +97,9 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             "a pickle can run code, so it is never read here",
             "convert it once in a sandbox: load the state dict with torch.load(..., weights_only=True), then safetensors.torch.save_file",
         )
-    raise InputError(f"{folder} is not a checkpoint", f"it holds neither {SINGLE_FILE} nor {INDEX_FILE}", "give a model folder")
+    raise InputError(
+        f"{folder} is not a checkpoint", f"it holds neither {SINGLE_FILE} nor {INDEX_FILE}", "give a model folder"
+    )
 
 
 class CheckpointReader:
@@ -104,17 +111,24 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not folder.is_dir():
-            raise InputError(f"{folder} is not a folder", next_step="give the folder of a checkpoint or a hub id org/name")
+            raise InputError(
+                f"{folder} is not a folder", next_step="give the folder of a checkpoint or a hub id org/name"
+            )
         self.files, weight_map = _weight_files(folder)
         self._infos: dict[str, TensorInfo] = {}
         for path in self.files:
             for info in _read_header(path):
                 if info.name in self._infos:
-                    raise InputError(f"tensor '{info.name}' is in two files of {folder}", next_step="fetch the checkpoint again")
+                    raise InputError(
+                        f"tensor '{info.name}' is in two files of {folder}", next_step="fetch the checkpoint again"
+                    )
                 self._infos[info.name] = info
         for name, file in (weight_map or {}).items():
             if name not in self._infos or self._infos[name].file.name != file:
-                raise InputError(f"{folder}: the index places '{name}' in {file}, which does not hold it", next_step=f"fetch {file} again")
+                raise InputError(
+                    f"{folder}: the index places '{name}' in {file}, which does not hold it",
+                    next_step=f"fetch {file} again",
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -138,18 +152,52 @@ class CheckpointReader:
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name` as stored, in memory of its own."""
         info = self.info(name)
-        buffer = bytearray(info.nbytes)
+        return self._read_bytes(info, 0, info.nbytes).view(info.shape)
+
+    def parts(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(byte offset in the tensor, flat values) of `name` in pieces of at most 64 MiB, as stored."""
+        info = self.info(name)
+        for start in range(0, info.nbytes, _PART_BYTES):
+            yield start, self._read_bytes(info, start, min(_PART_BYTES, info.nbytes - start))
+
+    def gather_rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
+        """Rows `indices` (int64, any shape) of the matrix `name`: [*indices.shape, width], dtype as stored.
+
+        Reads the matrix in pieces and keeps only the rows asked for (InputError for an index out of range).
+        """
+        info = self.info(name)
+        unique, inverse = torch.unique(indices, return_inverse=True)
+        if unique.numel() and (int(unique[0]) < 0 or int(unique[-1]) >= info.shape[0]):
+            raise InputError(
+                f"token id {int(unique[-1])} is outside the {info.shape[0]} rows of '{name}'",
+                "the tokenizer does not belong to this checkpoint",
+                "put the checkpoint's own tokenizer files beside it",
+            )
+        row_bytes = info.nbytes // info.shape[0]
+        rows_per_part = max(1, _PART_BYTES // row_bytes)
+        kept = torch.empty(unique.numel(), info.shape[1], dtype=info.dtype)
+        for start in range(0, info.shape[0], rows_per_part):
+            stop = min(start + rows_per_part, info.shape[0])
+            low, high = (int(torch.searchsorted(unique, edge)) for edge in (start, stop))
+            if low < high:
+                part = self._read_bytes(info, start * row_bytes, (stop - start) * row_bytes).view(stop - start, -1)
+                kept[low:high] = part[unique[low:high] - start]
+        return kept[inverse]
+
+    def _read_bytes(self, info: TensorInfo, start: int, count: int) -> torch.Tensor:
+        """`count` bytes from byte `start` of a tensor's data, as its flat values."""
+        if not count:
+            return torch.empty(0, dtype=info.dtype)
+        buffer = bytearray(count)
         with open(info.file, "rb", buffering=0) as file:
-            file.seek(info.offset)
+            file.seek(info.offset + start)
             view, done = memoryview(buffer), 0
-            while done < info.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InputError(f"{info.file} ended inside '{name}'", next_step="fetch this file again")
-                done += count
-        if not math.prod(info.shape):
-            return torch.empty(info.shape, dtype=info.dtype)
-        return torch.frombuffer(buffer, dtype=info.dtype).view(info.shape)
+            while done < count:
+                got = file.readinto(view[done:])
+                if not got:
+                    raise InputError(f"{info.file} ended inside '{info.name}'", next_step="fetch this file again")
+                done += got
+        return torch.frombuffer(buffer, dtype=info.dtype)
 
 
 def file_sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qwen_quant.checkpoint.families import ModelSpec
+from qwen_quant.environment import cpu_features
 from qwen_quant.errors import InputError
 
 Fetch = Callable[[str], Tensor]
@@ -57,9 +58,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """BF16 where the hardware multiplies it natively (CUDA, AVX512-BF16, AMX), else FP32."""
     if device.type == "cuda":
         return torch.bfloat16
-    from qwen_quant.environment import cpu_features
-
-    return torch.bfloat16 if {"avx512_bf16", "amx_bf16"} & set(cpu_features()) else torch.float32
+    features = cpu_features()
+    return torch.bfloat16 if features["avx512_bf16"] or features["amx_bf16"] else torch.float32
 
 
 def meta_model(spec: ModelSpec) -> PreTrainedModel:
@@ -70,7 +70,9 @@ def meta_model(spec: ModelSpec) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise InputError("config.json does not describe a model that transformers can build", str(error), "fetch config.json again") from error
+        raise InputError(
+            "config.json does not describe a model that transformers can build", str(error), "fetch config.json again"
+        ) from error
     return model.eval()
 
 

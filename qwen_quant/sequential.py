@@ -1,0 +1,404 @@
+"""The main job: stream a checkpoint block by block through the solver and write the Int4 artifact.
+
+Order of a run: check everything that can be checked, account for every parameter, plan every byte, copy what is kept,
+then per block: read, quantize, write, make durable, move the hidden states on; at the end configs, manifest, the audit
+of what was written, and one rename.  Progress is durable after every block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_quant.activations import ActivationStore
+from qwen_quant.block_solver import BlockRun, SolvedLinear, Stream, quantize_block
+from qwen_quant.calibration import CalibrationSet, load_calibration
+from qwen_quant.checkpoint.audit import Accounting, account, check_kept, check_written, content_sha256
+from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
+from qwen_quant.checkpoint.manifest import copy_companions, source_hashes, versions, write_configs, write_manifest
+from qwen_quant.checkpoint.reader import CheckpointReader
+from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, PlannedWriter, plan_shards
+from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
+from qwen_quant.errors import AuditError, InputError
+from qwen_quant.memory import Footprint, check_fits, footprint
+from qwen_quant.models.skeleton import Skeleton, compute_dtype, expected_tensors
+from qwen_quant.packing import pack_weight, packed_specs, unpack_weight
+from qwen_quant.progress import ProgressFn
+from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
+from qwen_quant.results import LayerStats, to_json
+from qwen_quant.resume import WorkFolder
+from qwen_quant.tokenizer import load_tokenizer
+
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    """One `gptq` run: `model` (a local folder) to `out`, with where the source came from for the record."""
+
+    model: Path
+    out: Path
+    gptq: GPTQConfig
+    calibration: CalibrationConfig
+    run: RunConfig
+    source_id: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a finished run did. Bytes, seconds and counts as named; `predicted_*` is what was said at its start."""
+
+    out: Path
+    layers: tuple[LayerStats, ...]
+    tokens: int
+    calibration_sha256: str
+    source_bytes: int
+    output_bytes: int
+    quantized_parameters: int
+    kept_parameters: int
+    predicted: Footprint
+    hidden_state_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job with everything that was read and checked before any work."""
+
+    job: QuantizeJob
+    spec: ModelSpec
+    reader: CheckpointReader
+    skeleton: Skeleton
+    accounting: Accounting
+    shards: tuple[PlannedShard, ...]
+    calibration: CalibrationSet
+    footprint: Footprint
+    work: WorkFolder
+
+    @property
+    def streams(self) -> int:
+        """2 with asymmetric calibration, else 1."""
+        config = self.job.gptq
+        return 2 if config.asymmetric_calibration and not config.rounding_only else 1
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of "auto", "cpu" or "cuda" (InputError when CUDA is asked for and absent)."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "no CUDA device is available", next_step="use --device cpu, or check the driver: qwen-quant doctor"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """OUT may be built: absent or to be replaced, and its parent writable (InputError otherwise)."""
+    if out.exists() and not force:
+        raise InputError(
+            f"{out} exists",
+            "nothing is overwritten",
+            "give another OUT, or add --force to replace it when the new one is complete",
+        )
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{parent} does not exist", next_step=f"make it first: mkdir -p {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{parent} is not writable", next_step="give an OUT in a folder you may write to")
+
+
+def plan_tensors(reader: CheckpointReader, accounting: Accounting, config: GPTQConfig) -> list[PlannedTensor]:
+    """Every tensor of the artifact in the source's order: kept ones as they are, linears as their packed four."""
+    quantized = set(accounting.quantized)
+    planned = []
+    for name in sorted(reader.names, key=_natural_order):
+        info = reader.info(name)
+        if name in quantized:
+            base = name.removesuffix(".weight")
+            specs = packed_specs(info.shape[1], info.shape[0], config.bits, config.group_size)
+            planned += [PlannedTensor(f"{base}.{suffix}", *specs[suffix]) for suffix in SUFFIXES]
+        elif name in accounting.kept:
+            planned.append(PlannedTensor(name, info.dtype, info.shape))
+    return planned
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts block 10 after block 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def prepare(job: QuantizeJob, *, writing: bool = True) -> Prepared:
+    """Read and check everything a run needs; nothing is written. `writing` is False for a mere plan."""
+    if writing:
+        check_output(job.out, force=job.run.force)
+    spec = read_model_spec(job.model)
+    if "quantization_config" in spec.config or (job.model / "quantize_config.json").is_file():
+        raise InputError(
+            f"{job.model} is already quantized", next_step="give the BF16 checkpoint that it was made from"
+        )
+    reader = CheckpointReader(job.model)
+    device = resolve_device(job.run.device)
+    skeleton = Skeleton(spec, device, compute_dtype(device))
+    accounting = account(spec, reader, expected_tensors(skeleton.model))
+    shards = plan_shards(plan_tensors(reader, accounting, job.gptq), job.run.max_shard_size_bytes)
+    calibration = load_calibration(job.calibration, load_tokenizer(job.model))
+    need = footprint(spec, reader, job.gptq, (calibration.input_ids.shape[0], calibration.input_ids.shape[1]))
+    if writing:
+        check_fits(need)
+    return Prepared(job, spec, reader, skeleton, accounting, shards, calibration, need, WorkFolder(job.out.absolute()))
+
+
+def _run_identity(ready: Prepared, hashes: dict[str, str]) -> dict[str, Any]:
+    """Everything that decides the output's bytes."""
+    return {
+        "settings": dataclasses.asdict(ready.job.gptq),
+        "calibration": {"sha256": ready.calibration.sha256, "shape": list(ready.calibration.input_ids.shape)},
+        "seed": ready.job.calibration.seed,
+        "source": hashes,
+        "source_id": ready.job.source_id,
+        "revision": ready.job.revision,
+        "device": ready.skeleton.device.type,
+        "compute_dtype": str(ready.skeleton.dtype).removeprefix("torch."),
+        "max_shard_size_bytes": ready.job.run.max_shard_size_bytes,
+        "versions": versions(),
+    }
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"'{name}' holds NaN or Inf", "a quantized copy would spread it", "fetch the checkpoint again")
+    return values
+
+
+def _copy_kept(ready: Prepared, writer: PlannedWriter) -> None:
+    for name in ready.accounting.kept:
+        for start, part in ready.reader.parts(name):
+            writer.write_bytes(name, start, _finite(name, part))
+        writer.finish_parts(name)
+
+
+def _stores(ready: Prepared, blocks_done: int) -> list[ActivationStore]:
+    """One store per stream for the hidden states after `blocks_done` blocks."""
+    rows, tokens = ready.calibration.input_ids.shape
+    shape = (rows, tokens, ready.spec.hidden_size)
+    in_memory = ready.footprint.hidden_in_memory
+    paths = [None if in_memory else ready.work.hidden_file(k, blocks_done) for k in range(ready.streams)]
+    return [ActivationStore(shape, path) for path in paths]
+
+
+def _first_states(ready: Prepared) -> list[ActivationStore]:
+    """Embeddings of the calibration set, one store per stream."""
+    ids = ready.calibration.input_ids
+    stores = _stores(ready, 0)
+    for start in range(0, ids.shape[0], 16):
+        rows = ready.reader.gather_rows(ready.spec.family.embedding + ".weight", ids[start : start + 16])
+        for store in stores:
+            store.save(start, rows)
+    return stores
+
+
+def _restored_states(ready: Prepared, blocks_done: int) -> list[ActivationStore]:
+    stores = _stores(ready, blocks_done)
+    for k, store in enumerate(stores):
+        store.restore(ready.work.hidden_file(k, blocks_done))
+    return stores
+
+
+def _block_fetch(ready: Prepared, layer: int) -> Callable[[str], Tensor]:
+    """fetch() for one block that reads each tensor once, so that two streams share its memory."""
+    read: dict[str, Tensor] = {}
+
+    def fetch(name: str) -> Tensor:
+        if name not in read:
+            read[name] = _finite(name, ready.reader.read(name)).to(ready.skeleton.device)
+        return read[name]
+
+    return fetch
+
+
+def _quantize_layer(
+    ready: Prepared, layer: int, states: list[ActivationStore]
+) -> tuple[list[SolvedLinear], list[ActivationStore]]:
+    """Solve block `layer`; returns its linears and the stores of the next hidden states."""
+    fetch = _block_fetch(ready, layer)
+    streams = [Stream(ready.skeleton.block(layer, fetch), store) for store in states]
+    skeleton = ready.skeleton
+    context = skeleton.context(layer, ready.calibration.input_ids.shape[1])
+    run = BlockRun(ready.spec.layer_prefix(layer), context, skeleton.device, skeleton.dtype, ready.job.gptq)
+    outputs = states if ready.footprint.hidden_in_memory else _stores(ready, layer + 1)
+    del fetch
+    return quantize_block(run, ready.spec.family.sub_blocks, streams, outputs), outputs
+
+
+def _write_layer(ready: Prepared, writer: PlannedWriter, solved: list[SolvedLinear]) -> dict[str, str]:
+    """Write one block's packed tensors; returns name -> sha256 of the codes, scales, zeros and g_idx that were solved."""
+    hashes = {}
+    config = ready.job.gptq
+    for linear in solved:
+        for suffix, tensor in pack_weight(linear.weight, config.bits, config.checkpoint_format).items():
+            writer.write(f"{linear.name}.{suffix}", tensor)
+        weight = linear.weight
+        hashes[linear.name] = content_sha256((weight.codes, weight.scales, weight.zeros, weight.g_idx))
+    return hashes
+
+
+def _run_blocks(ready: Prepared, writer: PlannedWriter, state: dict[str, Any], progress: ProgressFn) -> dict[str, Any]:
+    """Blocks from where `state` stands to the last; returns the final progress record."""
+    done = int(state["blocks_done"])
+    states = _restored_states(ready, done) if done else _first_states(ready)
+    for layer in range(done, ready.spec.num_layers):
+        progress("quantizing blocks", layer, ready.spec.num_layers)
+        started = time.perf_counter()
+        solved, outputs = _quantize_layer(ready, layer, states)
+        hashes = _write_layer(ready, writer, solved)
+        writer.sync()
+        for k, store in enumerate(outputs):
+            store.dump(ready.work.hidden_file(k, layer + 1))
+        if outputs is not states:
+            for store in states:
+                store.close()
+        states = outputs
+        state = {
+            "blocks_done": layer + 1,
+            "layers": state["layers"] + [to_json(s.stats) for s in solved],
+            "solved_sha256": {**state.get("solved_sha256", {}), **hashes},
+            "seconds": state["seconds"] + time.perf_counter() - started,
+            "peak_memory_bytes": max(state.get("peak_memory_bytes", 0), peak_rss_bytes()),
+        }
+        ready.work.commit(state)
+    for store in states:
+        store.close()
+    progress("quantizing blocks", ready.spec.num_layers, ready.spec.num_layers)
+    return state
+
+
+def audit_artifact(ready: Prepared, folder: Path, solved_sha256: dict[str, str], progress: ProgressFn) -> None:
+    """Read the artifact back and compare it with the plan, the source and the solver (AuditError otherwise)."""
+    artifact = CheckpointReader(folder)
+    check_written(ready.shards, artifact)
+    check_kept(ready.accounting, ready.reader, artifact)
+    config = ready.job.gptq
+    for k, weight_name in enumerate(ready.accounting.quantized):
+        progress("auditing", k, len(ready.accounting.quantized))
+        name = weight_name.removesuffix(".weight")
+        if name not in solved_sha256:
+            raise AuditError(f"'{name}' should have been quantized and was not")
+        packed = {suffix: artifact.read(f"{name}.{suffix}") for suffix in SUFFIXES}
+        back = unpack_weight(packed, config.bits, config.checkpoint_format)
+        if content_sha256((back.codes, back.scales, back.zeros, back.g_idx)) != solved_sha256[name]:
+            raise AuditError(f"'{name}' reads back as other codes or scales than were solved")
+
+
+def _manifest(
+    ready: Prepared, state: dict[str, Any], identity: dict[str, Any], measured: dict[str, Any]
+) -> dict[str, Any]:
+    layers = [{key: value for key, value in layer.items() if key != "seconds"} for layer in state["layers"]]
+    return {
+        "schema": "qwen-quant/1",
+        "method": "gptq" if not ready.job.gptq.rounding_only else "rounding",
+        "source": {"id": ready.job.source_id, "revision": ready.job.revision, "sha256": identity["source"]},
+        "settings": identity["settings"],
+        "calibration": {
+            "source": ready.calibration.source,
+            "sha256": ready.calibration.sha256,
+            "tokens": ready.calibration.tokens,
+            "shape": identity["calibration"]["shape"],
+            "seed": ready.job.calibration.seed,
+        },
+        "compute": {"device": identity["device"], "dtype": identity["compute_dtype"]},
+        "versions": identity["versions"],
+        "audit": {
+            "quantized": len(ready.accounting.quantized),
+            "kept": ready.accounting.kept,
+            "dropped_buffers": list(ready.accounting.dropped),
+        },
+        "warnings": list(ready.calibration.warnings),
+        "layers": layers,
+        "measured": {**measured, "layer_seconds": {layer["name"]: layer["seconds"] for layer in state["layers"]}},
+    }
+
+
+def _check_disk(ready: Prepared) -> None:
+    need, free = ready.footprint.disk_bytes, free_disk_bytes(ready.work.out)
+    already = (
+        sum(p.stat().st_size for p in ready.work.root.rglob("*") if p.is_file()) if ready.work.root.exists() else 0
+    )
+    if need - already > free:
+        raise InputError(
+            f"the disk of {ready.work.out.parent} is full",
+            f"{need / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free",
+            "free some space or give an OUT on another disk",
+        )
+
+
+def quantize_checkpoint(job: QuantizeJob, progress: ProgressFn) -> QuantizeResult:
+    """Run (or resume) a job to its end.
+
+    Errors: InputError for anything wrong with the input, the machine or the output; AuditError (our bug) when the
+    written artifact is not what was solved. An interrupted run leaves its work folder; the same command continues it.
+    """
+    started = time.perf_counter()
+    ready = prepare(job)
+    _check_disk(ready)
+    progress("hashing the source", 0, 1)
+    identity = _run_identity(ready, source_hashes(job.model))
+    state = ready.work.open(identity, resume=job.run.resume)
+    if state["blocks_done"]:
+        logger.info("resuming after block %d of %d", state["blocks_done"], ready.spec.num_layers)
+    writer = PlannedWriter(ready.work.artifact, ready.shards)
+    try:
+        _copy_kept(ready, writer)
+        writer.mark_written(f"{layer['name']}.{suffix}" for layer in state["layers"] for suffix in SUFFIXES)
+        state = _run_blocks(ready, writer, state, progress)
+        writer.finish()
+    finally:
+        writer.close()
+    return _finish(ready, state, identity, (started, progress))
+
+
+def _finish(
+    ready: Prepared, state: dict[str, Any], identity: dict[str, Any], run: tuple[float, ProgressFn]
+) -> QuantizeResult:
+    """Configs, audit, manifest, rename."""
+    folder, job = ready.work.artifact, ready.job
+    copied, left = copy_companions(job.model, folder)
+    write_configs(folder, ready.spec.config, job.gptq)
+    audit_artifact(ready, folder, state["solved_sha256"], run[1])
+    layers = tuple(LayerStats(**layer) for layer in state["layers"])
+    peak, seconds = max(state["peak_memory_bytes"], peak_rss_bytes()), time.perf_counter() - run[0]
+    measured = {"wall_seconds": seconds, "block_seconds": state["seconds"], "peak_memory_bytes": peak}
+    manifest = _manifest(ready, state, identity, measured)
+    write_manifest(folder, {**manifest, "companions": {"copied": copied, "left_behind": left}})
+    ready.work.publish(force=job.run.force)
+    quantized = sum(layer.in_features * layer.out_features for layer in layers)
+    return QuantizeResult(
+        out=job.out,
+        layers=layers,
+        tokens=ready.calibration.tokens,
+        calibration_sha256=ready.calibration.sha256,
+        source_bytes=sum(p.stat().st_size for p in ready.reader.files),
+        output_bytes=sum(shard.nbytes for shard in ready.shards),
+        quantized_parameters=quantized,
+        kept_parameters=sum(
+            ready.reader.info(n).nbytes // ready.reader.info(n).dtype.itemsize for n in ready.accounting.kept
+        ),
+        predicted=ready.footprint,
+        hidden_state_bytes=ready.footprint.hidden_state_bytes,
+        peak_memory_bytes=peak,
+        seconds=seconds,
+        warnings=ready.calibration.warnings,
+    )
