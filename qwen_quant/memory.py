@@ -107,7 +107,8 @@ def check_fits(need: Footprint) -> None:
     if available and more > available:
         raise InputError(
             "not enough memory for one block",
-            f"{more / 2**30:.2f} GiB needed ({need.block_bytes / 2**30:.2f} weights, {need.square_bytes / 2**30:.2f} Hessian, "
-            f"{need.working_bytes / 2**30:.2f} working), {available / 2**30:.2f} GiB free",
+            f"{more / 2**30:.2f} GiB needed ({need.block_bytes / 2**30:.2f} weights, "
+            f"{need.square_bytes / 2**30:.2f} Hessian, {need.working_bytes / 2**30:.2f} working), "
+            f"{available / 2**30:.2f} GiB free",
             "free memory, use a larger machine, or halve the Hessian's share with --no-asymmetric-calibration",
         )

@@ -1,8 +1,8 @@
 """Durable progress of an unfinished run, beside its output.
 
 `.{OUT}.partial/` holds `artifact/` (the output being built) and `state/`: what the run was asked to do (run.json), how
-many blocks are done with their statistics (progress.json, replaced atomically) and the hidden states that enter the next
-block (two sets of files, written alternately, so that the last complete set is never overwritten).
+many blocks are done with their statistics (progress.json, replaced atomically) and the hidden states that enter the
+next block (two sets of files, written alternately, so that the last complete set is never overwritten).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class WorkFolder:
         write_json_atomically(self.state / PROGRESS_FILE, progress)
 
     def publish(self, *, force: bool) -> None:
-        """Rename the finished artifact to OUT and remove the work folder; an old OUT goes only once the new one stands."""
+        """Rename the finished artifact to OUT and remove the work folder; an old OUT goes once the new one stands."""
         old = self.out.parent / f".{self.out.name}.old"
         if self.out.exists():
             if not force:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,38 +20,19 @@ from torch import Tensor
 
 from qwen_quant.activations import ActivationStore
 from qwen_quant.block_solver import BlockRun, SolvedLinear, Stream, quantize_block
-from qwen_quant.calibration import CalibrationSet, load_calibration
-from qwen_quant.checkpoint.audit import Accounting, account, check_kept, check_written, content_sha256
-from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
+from qwen_quant.checkpoint.audit import check_kept, check_written, content_sha256
 from qwen_quant.checkpoint.manifest import copy_companions, source_hashes, versions, write_configs, write_manifest
 from qwen_quant.checkpoint.reader import CheckpointReader
-from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, PlannedWriter, plan_shards
+from qwen_quant.checkpoint.writer import PlannedWriter
 from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
 from qwen_quant.errors import AuditError, InputError
-from qwen_quant.memory import Footprint, check_fits, footprint
-from qwen_quant.models.skeleton import Skeleton, compute_dtype, expected_tensors
-from qwen_quant.packing import pack_weight, packed_specs, unpack_weight
+from qwen_quant.memory import Footprint
+from qwen_quant.packing import pack_weight, unpack_weight
+from qwen_quant.preparation import SUFFIXES, Prepared, QuantizeJob, prepare
 from qwen_quant.progress import ProgressFn
-from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
 from qwen_quant.results import LayerStats, to_json
-from qwen_quant.resume import WorkFolder
-from qwen_quant.tokenizer import load_tokenizer
 
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class QuantizeJob:
-    """One `gptq` run: `model` (a local folder) to `out`, with where the source came from for the record."""
-
-    model: Path
-    out: Path
-    gptq: GPTQConfig
-    calibration: CalibrationConfig
-    run: RunConfig
-    source_id: str
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,94 +52,6 @@ class QuantizeResult:
     peak_memory_bytes: int
     seconds: float
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A job with everything that was read and checked before any work."""
-
-    job: QuantizeJob
-    spec: ModelSpec
-    reader: CheckpointReader
-    skeleton: Skeleton
-    accounting: Accounting
-    shards: tuple[PlannedShard, ...]
-    calibration: CalibrationSet
-    footprint: Footprint
-    work: WorkFolder
-
-    @property
-    def streams(self) -> int:
-        """2 with asymmetric calibration, else 1."""
-        config = self.job.gptq
-        return 2 if config.asymmetric_calibration and not config.rounding_only else 1
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device of "auto", "cpu" or "cuda" (InputError when CUDA is asked for and absent)."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "no CUDA device is available", next_step="use --device cpu, or check the driver: qwen-quant doctor"
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def check_output(out: Path, *, force: bool) -> None:
-    """OUT may be built: absent or to be replaced, and its parent writable (InputError otherwise)."""
-    if out.exists() and not force:
-        raise InputError(
-            f"{out} exists",
-            "nothing is overwritten",
-            "give another OUT, or add --force to replace it when the new one is complete",
-        )
-    parent = out.absolute().parent
-    if not parent.is_dir():
-        raise InputError(f"{parent} does not exist", next_step=f"make it first: mkdir -p {parent}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{parent} is not writable", next_step="give an OUT in a folder you may write to")
-
-
-def plan_tensors(reader: CheckpointReader, accounting: Accounting, config: GPTQConfig) -> list[PlannedTensor]:
-    """Every tensor of the artifact in the source's order: kept ones as they are, linears as their packed four."""
-    quantized = set(accounting.quantized)
-    planned = []
-    for name in sorted(reader.names, key=_natural_order):
-        info = reader.info(name)
-        if name in quantized:
-            base = name.removesuffix(".weight")
-            specs = packed_specs(info.shape[1], info.shape[0], config.bits, config.group_size)
-            planned += [PlannedTensor(f"{base}.{suffix}", *specs[suffix]) for suffix in SUFFIXES]
-        elif name in accounting.kept:
-            planned.append(PlannedTensor(name, info.dtype, info.shape))
-    return planned
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts block 10 after block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def prepare(job: QuantizeJob, *, writing: bool = True) -> Prepared:
-    """Read and check everything a run needs; nothing is written. `writing` is False for a mere plan."""
-    if writing:
-        check_output(job.out, force=job.run.force)
-    spec = read_model_spec(job.model)
-    if "quantization_config" in spec.config or (job.model / "quantize_config.json").is_file():
-        raise InputError(
-            f"{job.model} is already quantized", next_step="give the BF16 checkpoint that it was made from"
-        )
-    reader = CheckpointReader(job.model)
-    device = resolve_device(job.run.device)
-    skeleton = Skeleton(spec, device, compute_dtype(device))
-    accounting = account(spec, reader, expected_tensors(skeleton.model))
-    shards = plan_shards(plan_tensors(reader, accounting, job.gptq), job.run.max_shard_size_bytes)
-    calibration = load_calibration(job.calibration, load_tokenizer(job.model))
-    need = footprint(spec, reader, job.gptq, (calibration.input_ids.shape[0], calibration.input_ids.shape[1]))
-    if writing:
-        check_fits(need)
-    return Prepared(job, spec, reader, skeleton, accounting, shards, calibration, need, WorkFolder(job.out.absolute()))
 
 
 def _run_identity(ready: Prepared, hashes: dict[str, str]) -> dict[str, Any]:
@@ -245,7 +137,7 @@ def _quantize_layer(
 
 
 def _write_layer(ready: Prepared, writer: PlannedWriter, solved: list[SolvedLinear]) -> dict[str, str]:
-    """Write one block's packed tensors; returns name -> sha256 of the codes, scales, zeros and g_idx that were solved."""
+    """Write one block's packed tensors; returns name -> sha256 of the pivot tensors that were solved."""
     hashes = {}
     config = ready.job.gptq
     for linear in solved:

@@ -1,0 +1,125 @@
+"""From a job to everything that can be read, checked and planned before any work is done."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen_quant.calibration import CalibrationSet, load_calibration
+from qwen_quant.checkpoint.audit import Accounting, account
+from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
+from qwen_quant.checkpoint.reader import CheckpointReader
+from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, plan_shards
+from qwen_quant.errors import InputError
+from qwen_quant.memory import Footprint, check_fits, footprint
+from qwen_quant.models.skeleton import Skeleton, compute_dtype, expected_tensors
+from qwen_quant.packing import packed_specs
+from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
+from qwen_quant.resume import WorkFolder
+from qwen_quant.tokenizer import load_tokenizer
+
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    """One `gptq` run: `model` (a local folder) to `out`, with where the source came from for the record."""
+
+    model: Path
+    out: Path
+    gptq: GPTQConfig
+    calibration: CalibrationConfig
+    run: RunConfig
+    source_id: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job with everything that was read and checked before any work."""
+
+    job: QuantizeJob
+    spec: ModelSpec
+    reader: CheckpointReader
+    skeleton: Skeleton
+    accounting: Accounting
+    shards: tuple[PlannedShard, ...]
+    calibration: CalibrationSet
+    footprint: Footprint
+    work: WorkFolder
+
+    @property
+    def streams(self) -> int:
+        """2 with asymmetric calibration, else 1."""
+        config = self.job.gptq
+        return 2 if config.asymmetric_calibration and not config.rounding_only else 1
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of "auto", "cpu" or "cuda" (InputError when CUDA is asked for and absent)."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "no CUDA device is available", next_step="use --device cpu, or check the driver: qwen-quant doctor"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """OUT may be built: absent or to be replaced, and its parent writable (InputError otherwise)."""
+    if out.exists() and not force:
+        raise InputError(
+            f"{out} exists",
+            "nothing is overwritten",
+            "give another OUT, or add --force to replace it when the new one is complete",
+        )
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{parent} does not exist", next_step=f"make it first: mkdir -p {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{parent} is not writable", next_step="give an OUT in a folder you may write to")
+
+
+def plan_tensors(reader: CheckpointReader, accounting: Accounting, config: GPTQConfig) -> list[PlannedTensor]:
+    """Every tensor of the artifact in the source's order: kept ones as they are, linears as their packed four."""
+    quantized = set(accounting.quantized)
+    planned = []
+    for name in sorted(reader.names, key=_natural_order):
+        info = reader.info(name)
+        if name in quantized:
+            base = name.removesuffix(".weight")
+            specs = packed_specs(info.shape[1], info.shape[0], config.bits, config.group_size)
+            planned += [PlannedTensor(f"{base}.{suffix}", *specs[suffix]) for suffix in SUFFIXES]
+        elif name in accounting.kept:
+            planned.append(PlannedTensor(name, info.dtype, info.shape))
+    return planned
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts block 10 after block 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def prepare(job: QuantizeJob, *, writing: bool = True) -> Prepared:
+    """Read and check everything a run needs; nothing is written. `writing` is False for a mere plan."""
+    if writing:
+        check_output(job.out, force=job.run.force)
+    spec = read_model_spec(job.model)
+    if "quantization_config" in spec.config or (job.model / "quantize_config.json").is_file():
+        raise InputError(
+            f"{job.model} is already quantized", next_step="give the BF16 checkpoint that it was made from"
+        )
+    reader = CheckpointReader(job.model)
+    device = resolve_device(job.run.device)
+    skeleton = Skeleton(spec, device, compute_dtype(device))
+    accounting = account(spec, reader, expected_tensors(skeleton.model))
+    shards = plan_shards(plan_tensors(reader, accounting, job.gptq), job.run.max_shard_size_bytes)
+    calibration = load_calibration(job.calibration, load_tokenizer(job.model))
+    need = footprint(spec, reader, job.gptq, (calibration.input_ids.shape[0], calibration.input_ids.shape[1]))
+    if writing:
+        check_fits(need)
+    return Prepared(job, spec, reader, skeleton, accounting, shards, calibration, need, WorkFolder(job.out.absolute()))

@@ -1,0 +1,1 @@
+"""Slow, obvious oracles in numpy FP64."""
