@@ -121,10 +121,21 @@ class _Half:
         widest = max(self.tap_width, self.in_width, *(block.get_submodule(n).weight.shape[0] for n in sub.inputs))
         rows, tokens, _ = streams[0].states.shape
         step = batch_rows(tokens, widest)
-        self.spans = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-        cached = rows * tokens * self.tap_width * BYTES_PER_VALUE * len(streams) <= CACHE_BYTES
-        shape = (rows, tokens, self.tap_width)
-        self.taps = [ActivationStore(shape) for _ in streams] if cached else None
+        edges = sorted({*range(0, rows, step), *(s.states.shape[0] for s in streams)} | {rows})
+        self.spans = list(zip(edges, edges[1:], strict=False))
+        shapes = [(stream.states.shape[0], tokens, self.tap_width) for stream in streams]
+        cached = sum(r * t * w for r, t, w in shapes) * BYTES_PER_VALUE <= CACHE_BYTES
+        self.taps = [ActivationStore(shape) for shape in shapes] if cached else None
+
+    def _hessian(self, columns: int) -> HessianAccumulator:
+        paired = "none"
+        if len(self.streams) == 2:
+            paired = "all" if self.streams[1].states.shape[0] == self.streams[0].states.shape[0] else "some"
+        return HessianAccumulator(columns, paired, self.run.device)
+
+    def _present(self, span: tuple[int, int]) -> list[Stream]:
+        """The streams that hold these rows: the full-precision one may hold only the first rows of the set."""
+        return [stream for stream in self.streams if span[1] <= stream.states.shape[0]]
 
     def _states(self, stream: Stream, span: tuple[int, int]) -> Tensor:
         return stream.states.load(*span).to(self.run.device, self.run.dtype)
@@ -134,24 +145,28 @@ class _Half:
         hessian.add(flat[0], flat[1] - flat[0] if len(flat) == 2 else None, residual)
 
     def _residual(self, span: tuple[int, int]) -> Tensor | None:
-        """What the quantized stream's x lacks to the full-precision one's, FP32 [tokens, hidden] (None for one stream)."""
-        if len(self.streams) == 1:
+        """What the quantized stream's x lacks, FP32 [tokens, hidden] (None where there is one stream only)."""
+        streams = self._present(span)
+        if len(streams) == 1:
             return None
-        quantized, full = (self._states(stream, span).float() for stream in self.streams)
+        quantized, full = (self._states(stream, span).float() for stream in streams)
         return (full - quantized).flatten(0, -2)
 
     def input_hessian(self) -> HessianAccumulator:
         """Hessian of norm(x)."""
-        hessian = HessianAccumulator(self.in_width, len(self.streams) == 2, self.run.device)
+        hessian = self._hessian(self.in_width)
         for span in self.spans:
-            self._add(hessian, [s.block.get_submodule(self.sub.norm)(self._states(s, span)) for s in self.streams])
+            self._add(
+                hessian, [s.block.get_submodule(self.sub.norm)(self._states(s, span)) for s in self._present(span)]
+            )
         return hessian
 
     def output_hessian(self) -> HessianAccumulator:
         """Hessian of z; keeps z (rounded to BF16, as the next step will read it) where it fits."""
-        hessian = HessianAccumulator(self.tap_width, len(self.streams) == 2, self.run.device)
+        hessian = self._hessian(self.tap_width)
         for span in self.spans:
-            values = [_tap(s.block, self.sub, self._states(s, span), self.run.context).bfloat16() for s in self.streams]
+            present = self._present(span)
+            values = [_tap(s.block, self.sub, self._states(s, span), self.run.context).bfloat16() for s in present]
             for store, value in zip(self.taps or [], values, strict=False):
                 store.save(span[0], value)
             self._add(hessian, values, self._residual(span))
@@ -161,7 +176,7 @@ class _Half:
         """Write x + output(z) of every stream to `outputs` (which may be the stores x comes from)."""
         for k, stream in enumerate(self.streams):
             linear = stream.block.get_submodule(self.sub.output)
-            for span in self.spans:
+            for span in (s for s in self.spans if stream in self._present(s)):
                 hidden = self._states(stream, span)
                 if self.taps is None:
                     tap = _tap(stream.block, self.sub, hidden, self.run.context).bfloat16()
@@ -177,7 +192,7 @@ def _solve_group(
     """Solve the linears `names` of the quantized block as one stacked matrix and put their codes in place."""
     modules = [block.get_submodule(name) for name in names]
     label = ", ".join(run.prefix + name for name in names)
-    weight = torch.cat([module.weight.float() for module in modules]) if len(modules) > 1 else modules[0].weight
+    weight = torch.cat([module.weight for module in modules])
     started, threads = time.perf_counter(), torch.get_num_threads()
     if weight.shape[1] <= ONE_THREAD_COLUMNS and run.device.type == "cpu":
         torch.set_num_threads(1)  # thousands of small operations: thread barriers cost more than the second core gives

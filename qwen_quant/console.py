@@ -112,6 +112,11 @@ def note(text: str, output: Output) -> None:
         _write_stderr(text.rstrip("\n") + "\n")
 
 
+def write_line(text: str, *, to_stderr: bool = False) -> None:
+    """Print plain text that is neither a result nor an error (the version, the help text)."""
+    (_write_stderr if to_stderr else _write_stdout)(text.rstrip("\n") + "\n")
+
+
 def error_fields(error: QwenQuantError) -> dict[str, Any]:
     """The JSON form of an error: type, message, what, why, next_step and exit_code."""
     return {
@@ -169,7 +174,14 @@ class _Bar:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.console = Console(stderr=True)
         rate = TextColumn("{task.fields[rate]}")

@@ -7,15 +7,16 @@ beyond the paper, each a measured gain (README, benchmarks/):
 - columns are solved by falling diag(H) while groups stay blocks of CONSECUTIVE columns, so no permutation is stored;
 - scales come from a search weighted by how much an error in a column costs (`grid.find_grid`);
 - asymmetric calibration: the inputs X come from the blocks quantized so far, but the output aimed at is that of the
-  full-precision inputs X + D.  The least-squares target is W + W C H^-1 with C = D^T X / tokens, of which a fraction
-  (`ASYMMETRIC_STRENGTH`) is taken because C carries sampling noise (idea: GPTAQ, ICML 2025; solved here in closed form).
+  full-precision inputs X + D, plus, for a layer whose output joins the residual stream, what that stream lacks, R.
+  The least-squares target is W + (W C + R) H^-1 with C = D^T X / tokens (R likewise R^T X / tokens), of which a part is
+  taken because C and R carry sampling noise (idea: GPTAQ, ICML 2025; here in closed form and with the residual).
 
 Weights are handled transposed, [in, out], so that one input column is one contiguous row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -73,19 +74,22 @@ class SolveStats:
     dead_columns: int
 
 
-@dataclass
 class HessianAccumulator:
-    """Sums over batches, in FP32, of X^T X and, for asymmetric calibration, of D^T X and R^T X (see `add`)."""
+    """Sums over batches, in FP32, of X^T X and, for asymmetric calibration, of D^T X and R^T X (see `add`).
 
-    columns: int
-    asymmetric: bool
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    tokens: int = 0
+    Args:
+        columns: in_features.
+        paired: "none" (one stream), "all" (every token comes with D and R) or "some" (a part of them does; the Gram
+            matrix of that part is then kept as well, because D^T X must be divided by the X^T X of the same tokens).
+        device: where the sums live.
+    """
 
-    def __post_init__(self) -> None:
-        """Allocate the FP32 [in, in] sums."""
-        self.gram = torch.zeros(self.columns, self.columns, device=self.device)
-        self.cross = torch.zeros_like(self.gram) if self.asymmetric else None
+    def __init__(self, columns: int, paired: str = "none", device: torch.device | None = None) -> None:
+        self.columns, self.device = columns, device or torch.device("cpu")
+        self.tokens, self.paired_tokens = 0, 0
+        self.gram = torch.zeros(columns, columns, device=self.device)
+        self.cross = None if paired == "none" else torch.zeros_like(self.gram)
+        self.paired_gram = torch.zeros_like(self.gram) if paired == "some" else None
         self.residual: Tensor | None = None
 
     def add(
@@ -101,7 +105,7 @@ class HessianAccumulator:
         Args:
             inputs: X, FP32 [tokens, in].
             difference: D = X_full_precision - X, FP32 [tokens, in].
-            residual: what the residual stream lacks where the layer's output is added, FP32 [tokens, out].
+            residual: R, what the residual stream lacks where the layer's output is added, FP32 [tokens, out].
             token_weights: FP32 [tokens], how much each token counts (None: all the same).
         """
         if token_weights is not None:
@@ -109,18 +113,27 @@ class HessianAccumulator:
             inputs = inputs * root
             difference = None if difference is None else difference * root
             residual = None if residual is None else residual * root
+        product = _gram(inputs)
+        self.gram += product
+        self.tokens += inputs.shape[0]
+        if self.cross is None or difference is None:
+            return
+        self.cross.addmm_(difference.mT, inputs)
+        self.paired_tokens += inputs.shape[0]
+        if self.paired_gram is not None:
+            self.paired_gram += product
         if residual is not None:
             if self.residual is None:
                 self.residual = torch.zeros(residual.shape[1], self.columns, device=self.device)
             self.residual.addmm_(residual.mT, inputs)
-        self.tokens += inputs.shape[0]
-        if inputs.device.type == "cpu":
-            rows = inputs.contiguous().numpy()
-            self.gram += torch.from_numpy(np.dot(rows.T, rows))  # numpy sees A^T A and calls BLAS syrk: half the work
-        else:
-            self.gram.addmm_(inputs.mT, inputs)
-        if self.cross is not None and difference is not None:
-            self.cross.addmm_(difference.mT, inputs)
+
+
+def _gram(inputs: Tensor) -> Tensor:
+    """X^T X of FP32 [tokens, in]."""
+    if inputs.device.type != "cpu":
+        return inputs.mT @ inputs
+    rows = inputs.contiguous().numpy()
+    return torch.from_numpy(np.dot(rows.T, rows))  # numpy recognizes A^T A and calls BLAS syrk: half the work
 
 
 def _solving_order(diagonal: Tensor, config: GPTQConfig) -> Tensor:
@@ -194,12 +207,21 @@ def _group_index(columns: int, config: GPTQConfig, order: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Pairing:
+    """The regression of what full precision has more on the inputs: C, R and the inverse factor of the same tokens."""
+
+    cross: Tensor
+    residual: Tensor | None
+    order: Tensor
+    inverse: Tensor
+
+
+@dataclass(frozen=True)
 class _Problem:
     """Everything about one solve that does not depend on the row: `order` is reversed, `inverse` is in that order."""
 
     gram: Tensor
-    cross: Tensor | None
-    residual: Tensor | None
+    pairing: _Pairing | None
     order: Tensor
     inverse: Tensor | None
     index: Tensor
@@ -221,9 +243,13 @@ def quantize_weight(
     """
     gram, dead = _normalized(hessian, name)
     order = _solving_order(gram.diagonal(), config)
+    paired = _paired_inverse(hessian, config, name)
     inverse, damp = (None, 0.0) if config.rounding_only else _factored(gram, order, config.damp_percent, name)
+    pairing = None
+    if inverse is not None and hessian.cross is not None and hessian.paired_tokens:
+        pairing = _Pairing(hessian.cross, hessian.residual, *(paired or (order, inverse)))
     index = _group_index(gram.shape[0], config, order)
-    problem = _Problem(gram, hessian.cross, hessian.residual, order, inverse, index, config)
+    problem = _Problem(gram, pairing, order, inverse, index, config)
     step = max(1, ROW_CHUNK_VALUES // weight.shape[1])
     parts = [_quantize_rows(weight, slice(row, row + step), problem) for row in range(0, weight.shape[0], step)]
     losses = torch.cat([losses for _, losses in parts], dim=1)
@@ -240,26 +266,49 @@ def _normalized(hessian: HessianAccumulator, name: str) -> tuple[Tensor, int]:
     """The mean Gram matrix with dead columns made harmless, and how many there were."""
     if hessian.tokens == 0:
         raise InputError(f"no calibration token reached {name}", next_step="use more calibration text")
-    for total in (hessian.gram, hessian.cross, hessian.residual):
+    pairs = max(hessian.paired_tokens, 1)
+    sums = (
+        (hessian.gram, hessian.tokens),
+        (hessian.cross, pairs),
+        (hessian.paired_gram, pairs),
+        (hessian.residual, pairs),
+    )
+    for total, count in sums:
         if total is not None:
-            total.div_(hessian.tokens)
+            total.div_(count)
             if not bool(torch.isfinite(total).all()):
                 raise InputError(
                     f"the inputs of {name} are not finite",
                     "an activation overflowed or the checkpoint is damaged",
                     "look at its tensors: qwen-quant inspect",
                 )
-    diagonal = hessian.gram.diagonal()
+    dead = _revive(hessian.gram)
+    return hessian.gram, dead
+
+
+def _revive(gram: Tensor) -> int:
+    """Give columns whose input was always zero a diagonal, so that they are just rounded; returns how many there were."""
+    diagonal = gram.diagonal()
     dead = diagonal == 0
-    diagonal[dead] = diagonal.mean().clamp_min(1e-8)  # such a column is independent of the others: it is just rounded
-    return hessian.gram, int(dead.sum())
+    diagonal[dead] = diagonal.mean().clamp_min(1e-8)
+    return int(dead.sum())
+
+
+def _paired_inverse(hessian: HessianAccumulator, config: GPTQConfig, name: str) -> tuple[Tensor, Tensor] | None:
+    """(order, inverse factor) of the paired tokens' own Gram matrix, where only some tokens are paired."""
+    if hessian.paired_gram is None or not hessian.paired_tokens or config.rounding_only:
+        return None
+    gram, hessian.paired_gram = hessian.paired_gram, None
+    _revive(gram)
+    order = torch.arange(gram.shape[0], device=gram.device)
+    return order, _factored(gram, order, config.damp_percent, name)[0]
 
 
 def _quantize_rows(weight: Tensor, rows: slice, problem: _Problem) -> tuple[QuantizedWeight, Tensor]:
     """Some rows of the weight: their codes and FP64 [3, rows] losses (artifact, plain rounding, energy)."""
     config, index = problem.config, problem.index
     original = weight[rows].to(problem.gram.device, torch.float32).mT.contiguous()
-    target = original if problem.inverse is None else _target(original, rows, problem)
+    target = _target(original, rows, problem)
     grid = find_grid(original, None, config.bits, config.group_size, config.sym)
     plain = _consecutive_groups(original.shape[0], config.group_size, original.device)
     codes = round_codes(original, grid.scales[plain], grid.zeros[plain], grid.max_code)
@@ -275,16 +324,17 @@ def _quantize_rows(weight: Tensor, rows: slice, problem: _Problem) -> tuple[Quan
 def _target(original: Tensor, rows: slice, problem: _Problem) -> Tensor:
     """What the codes should reproduce, [in, out] in column order.
 
-    W + strength * (W C + R) H^-1, with H^-1 = Linv^T Linv and R the part of the output's residual stream to make good.
+    W + (a W C + b R) H^-1 with H^-1 = Linv^T Linv; a and b are ASYMMETRIC_STRENGTH and RESIDUAL_STRENGTH.
     """
-    if problem.cross is None or problem.inverse is None:
+    pairing = problem.pairing
+    if pairing is None:
         return original
-    shift = (problem.cross.mT @ original).mul_(ASYMMETRIC_STRENGTH)
-    if problem.residual is not None:
-        shift.add_(problem.residual[rows].mT, alpha=RESIDUAL_STRENGTH)
-    moved = problem.inverse.mT @ (problem.inverse @ shift[problem.order])
+    shift = (pairing.cross.mT @ original).mul_(ASYMMETRIC_STRENGTH)
+    if pairing.residual is not None:
+        shift.add_(pairing.residual[rows].mT, alpha=RESIDUAL_STRENGTH)
+    moved = pairing.inverse.mT @ (pairing.inverse @ shift[pairing.order])
     target = original.clone()
-    target[problem.order] += moved
+    target[pairing.order] += moved
     return target
 
 

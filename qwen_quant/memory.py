@@ -6,6 +6,7 @@ linear + temporaries of the solver and of one batch + the hidden states that are
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qwen_quant.activations import BYTES_PER_VALUE, RAM_LIMIT_BYTES
@@ -20,6 +21,8 @@ from qwen_quant.recipe import GPTQConfig
 
 SOLVER_TEMPORARIES = 12
 BATCH_TEMPORARIES = 6
+FULL_PRECISION_SHARE = 0.25
+FULL_PRECISION_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,17 @@ class Footprint:
     disk_bytes: int
 
 
+def stream_rows(config: GPTQConfig, rows: int, tokens: int) -> tuple[int, ...]:
+    """Calibration rows of each stream.
+
+    The full-precision stream of asymmetric calibration only feeds a regression, which needs fewer tokens than the
+    Hessian: it takes the first quarter of the rows, and at least 16384 tokens (measured: README).
+    """
+    if config.rounding_only or not config.asymmetric_calibration:
+        return (rows,)
+    return (rows, min(rows, max(math.ceil(rows * FULL_PRECISION_SHARE), math.ceil(FULL_PRECISION_TOKENS / tokens))))
+
+
 def _largest_block(spec: ModelSpec, reader: CheckpointReader) -> int:
     sizes = dict.fromkeys(range(spec.num_layers), 0)
     start = spec.family.layers_prefix + "."
@@ -68,10 +82,7 @@ def _output_bytes(spec: ModelSpec, reader: CheckpointReader, config: GPTQConfig)
             total += info.nbytes
             continue
         for dtype, shape in packed_specs(info.shape[1], info.shape[0], config.bits, config.group_size).values():
-            count = 1
-            for size in shape:
-                count *= size
-            total += count * dtype.itemsize
+            total += math.prod(shape) * dtype.itemsize
     return total
 
 
@@ -80,17 +91,18 @@ def footprint(
 ) -> Footprint:
     """Predict a run over calibration rows of `calibration_shape` [rows, tokens]."""
     rows, tokens = calibration_shape
-    streams = 2 if config.asymmetric_calibration and not config.rounding_only else 1
+    stream = stream_rows(config, rows, tokens)
+    squares = 2 if len(stream) == 1 else 3 + (stream[1] < stream[0])
     shapes = [reader.info(name + ".weight").shape for name in spec.linear_names()[: len(spec.family.linears())]]
     widest_in, widest = max(s[1] for s in shapes), max(max(s) for s in shapes)
     block = _largest_block(spec, reader)
-    square = (streams + 1) * widest_in**2 * 4
+    square = squares * widest_in**2 * 4
     stacked = max(s[0] * s[1] for s in shapes) * 2
     solver = min(ROW_CHUNK_VALUES, stacked) * 4 * SOLVER_TEMPORARIES + stacked * 3
     batch = max(BATCH_BYTES, 4 * tokens * widest) * BATCH_TEMPORARIES
-    cache = rows * tokens * widest_in * BYTES_PER_VALUE * streams
+    cache = sum(stream) * tokens * widest_in * BYTES_PER_VALUE
     working = max(solver, batch) + (cache if cache <= CACHE_BYTES else 0)
-    hidden = streams * rows * tokens * spec.hidden_size * BYTES_PER_VALUE
+    hidden = sum(stream) * tokens * spec.hidden_size * BYTES_PER_VALUE
     in_memory = hidden <= RAM_LIMIT_BYTES
     interpreter = peak_rss_bytes()
     peak = interpreter + block + block // 2 + square + working + (hidden if in_memory else 0)

@@ -14,7 +14,7 @@ from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, plan_shards
 from qwen_quant.errors import InputError
-from qwen_quant.memory import Footprint, check_fits, footprint
+from qwen_quant.memory import Footprint, check_fits, footprint, stream_rows
 from qwen_quant.models.skeleton import Skeleton, compute_dtype, expected_tensors
 from qwen_quant.packing import packed_specs
 from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
@@ -52,10 +52,9 @@ class Prepared:
     work: WorkFolder
 
     @property
-    def streams(self) -> int:
-        """2 with asymmetric calibration, else 1."""
-        config = self.job.gptq
-        return 2 if config.asymmetric_calibration and not config.rounding_only else 1
+    def stream_rows(self) -> tuple[int, ...]:
+        """Calibration rows of the quantized stream and, with asymmetric calibration, of the full-precision one."""
+        return stream_rows(self.job.gptq, *self.calibration.input_ids.shape)
 
 
 def resolve_device(name: str) -> torch.device:

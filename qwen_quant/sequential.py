@@ -32,6 +32,7 @@ from qwen_quant.preparation import SUFFIXES, Prepared, QuantizeJob, prepare
 from qwen_quant.progress import ProgressFn
 from qwen_quant.results import LayerStats, to_json
 
+EMBED_ROWS = 64
 logger = logging.getLogger(__name__)
 
 
@@ -85,21 +86,22 @@ def _copy_kept(ready: Prepared, writer: PlannedWriter) -> None:
 
 def _stores(ready: Prepared, blocks_done: int) -> list[ActivationStore]:
     """One store per stream for the hidden states after `blocks_done` blocks."""
-    rows, tokens = ready.calibration.input_ids.shape
-    shape = (rows, tokens, ready.spec.hidden_size)
+    tokens, width = ready.calibration.input_ids.shape[1], ready.spec.hidden_size
     in_memory = ready.footprint.hidden_in_memory
-    paths = [None if in_memory else ready.work.hidden_file(k, blocks_done) for k in range(ready.streams)]
-    return [ActivationStore(shape, path) for path in paths]
+    return [
+        ActivationStore((rows, tokens, width), None if in_memory else ready.work.hidden_file(k, blocks_done))
+        for k, rows in enumerate(ready.stream_rows)
+    ]
 
 
 def _first_states(ready: Prepared) -> list[ActivationStore]:
     """Embeddings of the calibration set, one store per stream."""
     ids = ready.calibration.input_ids
     stores = _stores(ready, 0)
-    for start in range(0, ids.shape[0], 16):
-        rows = ready.reader.gather_rows(ready.spec.family.embedding + ".weight", ids[start : start + 16])
-        for store in stores:
-            store.save(start, rows)
+    for store in stores:
+        for start in range(0, store.shape[0], EMBED_ROWS):
+            stop = min(start + EMBED_ROWS, store.shape[0])
+            store.save(start, ready.reader.gather_rows(ready.spec.family.embedding + ".weight", ids[start:stop]))
     return stores
 
 

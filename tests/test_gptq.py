@@ -23,7 +23,7 @@ def correlated(tokens: int, columns: int, seed: int) -> torch.Tensor:
 
 
 def accumulated(inputs: torch.Tensor, difference: torch.Tensor | None = None) -> HessianAccumulator:
-    hessian = HessianAccumulator(inputs.shape[1], difference is not None)
+    hessian = HessianAccumulator(inputs.shape[1], "none" if difference is None else "all")
     half = inputs.shape[0] // 2
     for part in (slice(0, half), slice(half, None)):
         hessian.add(inputs[part], None if difference is None else difference[part])
@@ -136,7 +136,7 @@ def test_damping_escalates_and_is_recorded() -> None:
 def test_no_tokens_and_not_finite_are_named() -> None:
     weight = torch.randn(8, 64)
     with pytest.raises(InputError, match="no calibration token reached blk.q"):
-        quantize_weight(weight, HessianAccumulator(64, False), GPTQConfig(group_size=32), name="blk.q")
+        quantize_weight(weight, HessianAccumulator(64), GPTQConfig(group_size=32), name="blk.q")
     inputs = correlated(100, 64, 18)
     inputs[5, 5] = torch.inf
     with pytest.raises(InputError, match="the inputs of blk.q are not finite"):
@@ -146,7 +146,7 @@ def test_no_tokens_and_not_finite_are_named() -> None:
 def test_token_weights_scale_contributions() -> None:
     inputs = correlated(200, 32, 19)
     weights = torch.rand(200, generator=torch.Generator().manual_seed(20))
-    hessian = HessianAccumulator(32, False)
+    hessian = HessianAccumulator(32)
     hessian.add(inputs, token_weights=weights)
     wanted = (inputs.double().T * weights.double()) @ inputs.double()
     assert torch.allclose(hessian.gram.double(), wanted, rtol=1e-4, atol=1e-3)
