@@ -18,7 +18,17 @@ from importlib import metadata
 from pathlib import Path
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-CORE_PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "tokenizers", "tiktoken", "numpy", "typer", "rich")
+CORE_PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "huggingface_hub",
+    "tokenizers",
+    "tiktoken",
+    "numpy",
+    "typer",
+    "rich",
+)
 EXTRAS = {"interop": ("gptqmodel", "optimum")}
 
 
@@ -149,12 +159,16 @@ def _missing(
     versions: dict[str, str], extras: tuple[ExtraStatus, ...], *, has_gpu: bool, native_bf16: bool
 ) -> tuple[str, ...]:
     """What a user may want to change, one line each."""
-    lines = [f"{name}: pip install {name.replace('_', '-')}" for name, version in versions.items() if version == "missing"]
+    lines = [
+        f"{name}: pip install {name.replace('_', '-')}" for name, version in versions.items() if version == "missing"
+    ]
     lines += [f"extra '{e.extra}' ({e.problem}): pip install 'qwen-quant[{e.extra}]'" for e in extras if not e.works]
     if not has_gpu:
         lines.append("no CUDA device: everything runs on the CPU")
     if not native_bf16 and not has_gpu:
-        lines.append("the CPU has neither avx512_bf16 nor amx_bf16: forward passes run in FP32, at about half the speed")
+        lines.append(
+            "the CPU has neither avx512_bf16 nor amx_bf16: forward passes run in FP32, at about half the speed"
+        )
     return tuple(lines)
 
 

@@ -54,7 +54,9 @@ def resolve_model(model: str, *, show_progress: bool = False) -> ModelSource:
     match = HUB_ID.fullmatch(model)
     if folder.exists() or match is None:
         reason = "it is a file" if folder.exists() else "no such folder, and it is not a hub id"
-        raise InputError(f"'{model}' is not a checkpoint", reason, "give a checkpoint folder or a hub id org/name[@revision]")
+        raise InputError(
+            f"'{model}' is not a checkpoint", reason, "give a checkpoint folder or a hub id org/name[@revision]"
+        )
     return download(match["repo"], match["revision"], show_progress=show_progress)
 
 
@@ -65,10 +67,10 @@ def download(repo: str, revision: str | None, *, show_progress: bool = False) ->
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     # The base of every HTTP error of the client that this huggingface_hub is built on (httpx2 at 2.4).
-    http_error = HfHubHTTPError.__mro__[1]
+    client_error: type[BaseException] = HfHubHTTPError.__mro__[1]
     (enable_progress_bars if show_progress else disable_progress_bars)()
     name = f"{repo}@{revision}" if revision else repo
     allow, ignore = list(ALLOW_PATTERNS), list(IGNORE_PATTERNS)
@@ -83,7 +85,7 @@ def download(repo: str, revision: str | None, *, show_progress: bool = False) ->
             commit = Path(path).name
     except HFValidationError as error:
         raise InputError(f"'{repo}' is not a hub id", str(error), "give a folder or org/name[@revision]") from error
-    except (http_error, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+    except (client_error, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         raise _network_error(name, error) from error
     return ModelSource(Path(path), repo, commit)
 
