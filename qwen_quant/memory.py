@@ -31,7 +31,8 @@ class Footprint:
 
     Attributes:
         interpreter_bytes: resident set before any weight is read.
-        block_bytes: weights of the largest block as stored, and its codes.
+        stored_block_bytes: weights of the largest block as stored.
+        block_bytes: the same and its codes.
         square_bytes: Gram, cross and factor matrices of the widest linear, FP32.
         working_bytes: temporaries of the solver and of one batch, and the kept inputs of a half's last linear.
         hidden_state_bytes: hidden states of all streams, wherever they are held.
@@ -42,6 +43,7 @@ class Footprint:
     """
 
     interpreter_bytes: int
+    stored_block_bytes: int
     block_bytes: int
     square_bytes: int
     working_bytes: int
@@ -108,7 +110,7 @@ def footprint(
     peak = interpreter + block + block // 2 + square + working + (hidden if in_memory else 0)
     output = _output_bytes(spec, reader, config)
     return Footprint(
-        interpreter, block + block // 2, square, working, hidden, in_memory, peak, output, output + 2 * hidden
+        interpreter, block, block + block // 2, square, working, hidden, in_memory, peak, output, output + 2 * hidden
     )
 
 

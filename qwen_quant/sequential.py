@@ -26,8 +26,8 @@ from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.checkpoint.writer import PlannedWriter
 from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
 from qwen_quant.errors import AuditError, InputError
-from qwen_quant.memory import Footprint
 from qwen_quant.packing import pack_weight, unpack_weight
+from qwen_quant.plan import PlanEstimate, estimate
 from qwen_quant.preparation import SUFFIXES, Prepared, QuantizeJob, prepare
 from qwen_quant.progress import ProgressFn
 from qwen_quant.results import LayerStats, to_json
@@ -48,7 +48,7 @@ class QuantizeResult:
     output_bytes: int
     quantized_parameters: int
     kept_parameters: int
-    predicted: Footprint
+    predicted: PlanEstimate
     hidden_state_bytes: int
     peak_memory_bytes: int
     seconds: float
@@ -239,8 +239,10 @@ def _check_disk(ready: Prepared) -> None:
         )
 
 
-def quantize_checkpoint(job: QuantizeJob, progress: ProgressFn) -> QuantizeResult:
-    """Run (or resume) a job to its end.
+def quantize_checkpoint(
+    job: QuantizeJob, progress: ProgressFn, announce: Callable[[PlanEstimate], None] = lambda estimate: None
+) -> QuantizeResult:
+    """Run (or resume) a job to its end; `announce` gets the predicted cost before the work starts.
 
     Errors: InputError for anything wrong with the input, the machine or the output; AuditError (our bug) when the
     written artifact is not what was solved. An interrupted run leaves its work folder; the same command continues it.
@@ -248,6 +250,8 @@ def quantize_checkpoint(job: QuantizeJob, progress: ProgressFn) -> QuantizeResul
     started = time.perf_counter()
     ready = prepare(job)
     _check_disk(ready)
+    predicted = estimate(ready)
+    announce(predicted)
     progress("hashing the source", 0, 1)
     identity = _run_identity(ready, source_hashes(job.model))
     state = ready.work.open(identity, resume=job.run.resume)
@@ -261,11 +265,11 @@ def quantize_checkpoint(job: QuantizeJob, progress: ProgressFn) -> QuantizeResul
         writer.finish()
     finally:
         writer.close()
-    return _finish(ready, state, identity, (started, progress))
+    return _finish(ready, state, identity, (started, progress, predicted))
 
 
 def _finish(
-    ready: Prepared, state: dict[str, Any], identity: dict[str, Any], run: tuple[float, ProgressFn]
+    ready: Prepared, state: dict[str, Any], identity: dict[str, Any], run: tuple[float, ProgressFn, PlanEstimate]
 ) -> QuantizeResult:
     """Configs, audit, manifest, rename."""
     folder, job = ready.work.artifact, ready.job
@@ -290,7 +294,7 @@ def _finish(
         kept_parameters=sum(
             ready.reader.info(n).nbytes // ready.reader.info(n).dtype.itemsize for n in ready.accounting.kept
         ),
-        predicted=ready.footprint,
+        predicted=run[2],
         hidden_state_bytes=ready.footprint.hidden_state_bytes,
         peak_memory_bytes=peak,
         seconds=seconds,
