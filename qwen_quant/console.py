@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,12 @@ LOGGER = "qwen_quant"
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table: `columns` are headings, the first column is left-aligned and the others are figures."""
+    """A titled table; `columns` are its headings (all empty: none), the first `text_columns` are left-aligned."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    text_columns: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,34 +57,6 @@ class Output:
     def interactive(self) -> bool:
         """Whether progress may be drawn: stderr is a terminal and --quiet was not given."""
         return not self.quiet and sys.stderr.isatty()
-
-
-def format_bytes(count: float) -> str:
-    """Bytes for people, in binary units: 1536 -> "1.5 KiB"."""
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} B" if unit == "B" else f"{value:.{1 if value >= 10 else 2}f} {unit}"
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds for people: 4.21 -> "4.2 s", 75 -> "1 min 15 s", 7260 -> "2 h 01 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def format_count(count: int) -> str:
-    """A count for people: 134515008 -> "134.5 M"."""
-    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**4, "k")):
-        if count >= size:
-            return f"{count / (1000 if unit == 'k' else size):.1f} {unit}"
-    return str(count)
 
 
 def show(report: Report, output: Output, error: QwenQuantError | None = None) -> None:
@@ -212,35 +185,26 @@ def _rate(steps_per_second: float | None) -> str:
 
 
 def _render(part: str | Table) -> str:
-    """Text of one part. Tables are drawn by rich into a string, so that only `_write_stdout` touches stdout."""
+    """Text of one part. Tables are plain text of their full width: a pipe or a log never cuts a column."""
     if isinstance(part, str):
         return part.rstrip("\n") + "\n"
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
+    from rich.cells import cell_len
 
-    table = RichTable(title=part.title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for position, heading in enumerate(part.columns):
-        table.add_column(heading, justify="left" if position == 0 else "right", no_wrap=True)
-    for row in part.rows:
-        table.add_row(*_plain(row))
-    console = Console(width=_table_width(part), force_terminal=sys.stdout.isatty(), legacy_windows=False)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
+    rows = [row for row in (part.columns, *part.rows) if any(row)]
+    widths = [max(cell_len(row[i]) for row in rows) for i in range(len(part.columns))]
+    lines = ["  ".join(_pad(cell, i, widths, part) for i, cell in enumerate(row)).rstrip() for row in rows]
+    if any(part.columns):
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    title = [part.title] if part.title else []
+    return "\n".join(["", *title, *(f"  {line}" for line in lines), "", ""])
 
 
-def _plain(cells: Sequence[str]) -> list[Any]:
-    from rich.text import Text
+def _pad(cell: str, column: int, widths: list[int], table: Table) -> str:
+    """The cell at its column's width, counting East Asian characters as two."""
+    from rich.cells import cell_len
 
-    return [Text(cell) for cell in cells]
-
-
-def _table_width(table: Table) -> int:
-    """Characters the table needs, so that piped output is never cut at 80 columns."""
-    rows = (table.columns, *table.rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
-    return max(sum(widths) + 3 * len(widths) + 2, len(table.title) + 2, 20)
+    space = " " * (widths[column] - cell_len(cell))
+    return cell + space if column < table.text_columns else space + cell
 
 
 def _finite(value: Any) -> Any:

@@ -216,7 +216,8 @@ def shape_limits(spec: ModelSpec, linears: tuple[Linear, ...], bits: int, group_
     found: Counter[tuple[str, int, int, str, str]] = Counter()
     for row in linears:
         short = _BLOCK_NUMBER.split(row.name, maxsplit=1)[-1]
-        problems = [("Marlin", reason) for reason in _marlin_problems(row, group_size)]
+        marlin = "; ".join(_marlin_problems(row, group_size))
+        problems = [("Marlin", marlin)] if marlin else []
         for ranks in TENSOR_PARALLEL:
             reason = _split_problem(row, ranks, bits, group_size, cut_inputs=short in row_parallel)
             problems += [(f"tensor parallelism {ranks}", reason)] if reason else []

@@ -9,10 +9,11 @@ import typer
 
 from qwen_quant.commands import options
 from qwen_quant.commands.validate import comparison_table
-from qwen_quant.console import Output, Report, Table, format_seconds, note, running, show
+from qwen_quant.console import Output, Report, Table, note, running, show
 from qwen_quant.hub.download import ModelSource
 from qwen_quant.recipe import CalibrationConfig, GPTQConfig, Recipe, RunConfig, ValidationConfig
 from qwen_quant.results import ValidationResult, to_json
+from qwen_quant.units import format_seconds
 
 if TYPE_CHECKING:
     from qwen_quant.sequential import QuantizeResult
@@ -27,7 +28,7 @@ def demo(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Quantize the small trained checkpoint inside this package and compare it with BF16: no network, under two minutes.
+    """Quantize the small trained checkpoint inside this package and compare it with BF16. It needs no network.
 
     \b
     Examples:
@@ -63,5 +64,5 @@ def demo(
 def report_parts(made: QuantizeResult, compared: ValidationResult) -> tuple[str | Table, ...]:
     """The BF16 / Int4 table and the two times."""
     rows = comparison_table(compared).rows
-    times = f"quantized in {format_seconds(made.seconds)}, compared in {format_seconds(compared.seconds)}; artifact: {made.out}"
-    return (Table("", ("", "BF16", "Int4"), rows), times)
+    times = f"quantized in {format_seconds(made.seconds)}, compared in {format_seconds(compared.seconds)}"
+    return (Table("", ("", "BF16", "Int4"), rows), f"{times}; artifact: {made.out}")

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from qwen_quant.commands import options
-from qwen_quant.console import Output, Report, Table, format_bytes, running, show
+from qwen_quant.console import Output, Report, Table, running, show
 from qwen_quant.environment import Environment, inspect_environment
 from qwen_quant.results import to_json
+from qwen_quant.units import format_bytes
 
 Folder = Annotated[Path, typer.Option("--folder", help="whose free disk space to show")]
 
@@ -49,9 +50,9 @@ def report_parts(facts: Environment) -> tuple[str | Table, ...]:
         "\n".join(("missing:", *(f"  - {line}" for line in facts.missing))) if facts.missing else "nothing is missing"
     )
     return (
-        Table("machine", ("", ""), machine),
-        Table("devices", ("device", "name", "memory free", "native BF16"), devices),
-        Table("versions", ("package", "version"), tuple(versions)),
-        Table("extras", ("extra", "packages", "state"), extras),
+        Table("machine", ("", ""), machine, text_columns=2),
+        Table("devices", ("device", "name", "memory free", "native BF16"), devices, text_columns=2),
+        Table("versions", ("package", "version"), tuple(versions), text_columns=2),
+        Table("extras", ("extra", "packages", "state"), extras, text_columns=3),
         missing,
     )

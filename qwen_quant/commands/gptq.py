@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_quant.commands import options
-from qwen_quant.console import Output, Report, Table, format_bytes, format_count, format_seconds, note, running, show
+from qwen_quant.console import Output, Report, Table, note, running, show
 from qwen_quant.recipe import GPTQConfig
 from qwen_quant.results import to_json
+from qwen_quant.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from qwen_quant.plan import PlanEstimate

@@ -14,8 +14,8 @@ from qwen_quant.console import Output, Report, show
 from qwen_quant.errors import InputError
 from qwen_quant.recipe import RECIPE_NAME
 
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="checkpoint folder or hub id to write into it")]
-Out = Annotated[str | None, typer.Argument(metavar="[OUT]", help="output folder to write into it")]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="checkpoint folder or hub id to write into it")]
+Out = Annotated[str | None, typer.Argument(metavar="OUT", help="output folder to write into it")]
 
 TEMPLATE = """\
 # Settings of `qwen-quant` in this folder. Options on the command line override them.
@@ -83,7 +83,7 @@ def init(
 
 
 def recipe_text(model: str, out: str) -> str:
-    """The commented recipe with every built-in default, for `model` and `out`. A TOML basic string quotes as JSON does."""
+    """The commented recipe with every built-in default. A TOML basic string quotes as JSON does."""
     quoted = [json_module.dumps(value, ensure_ascii=False) for value in (model, out)]
     width = max(map(len, quoted)) + 1
     return TEMPLATE.format(model=quoted[0].ljust(width), out=quoted[1].ljust(width + 2))

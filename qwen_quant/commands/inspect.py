@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen_quant.commands import options
-from qwen_quant.console import Output, Report, Table, format_bytes, format_count, format_seconds, running, show
+from qwen_quant.console import Output, Report, Table, running, show
 from qwen_quant.recipe import GPTQConfig
 from qwen_quant.results import to_json
+from qwen_quant.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from qwen_quant.inspection import InspectResult
@@ -54,7 +55,7 @@ def report_parts(result: InspectResult) -> tuple[str | Table, ...]:
         (r.role, r.dtype, str(r.tensors), format_count(r.parameters) if r.parameters else "-", format_bytes(r.nbytes))
         for r in result.classes
     )
-    tensors = Table("tensors", ("class", "dtype", "tensors", "parameters", "size"), rows)
+    tensors = Table("tensors", ("class", "dtype", "tensors", "parameters", "size"), rows, text_columns=2)
     return (_headline(result), tensors, _audit(result), *_limits(result), *_provenance(result), *_layers(result))
 
 
@@ -90,7 +91,9 @@ def _limits(result: InspectResult) -> tuple[str | Table, ...]:
             f"every linear suits Marlin-class kernels and tensor parallelism 2, 4, 8 at group_size {result.group_size}",
         )
     rows = tuple((f"{limit.linear} x {limit.layers}", limit.target, limit.reason) for limit in result.limits)
-    return (Table(f"shapes with limits at group_size {result.group_size}", ("linear", "for", "why"), rows),)
+    return (
+        Table(f"shapes with limits at group_size {result.group_size}", ("linear", "for", "why"), rows, text_columns=3),
+    )
 
 
 def _provenance(result: InspectResult) -> tuple[str, ...]:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="[MODEL]", help=f"checkpoint folder or hub id org/name[@revision] (model in {RECIPE_NAME})"),
+    typer.Argument(metavar="MODEL", help=f"checkpoint folder or hub id org/name[@revision] (model in {RECIPE_NAME})"),
 ]
-Out = Annotated[str | None, typer.Argument(metavar="[OUT]", help=f"folder to write (out in {RECIPE_NAME})")]
+Out = Annotated[str | None, typer.Argument(metavar="OUT", help=f"folder to write (out in {RECIPE_NAME})")]
 Bits = Annotated[int | None, typer.Option("--bits", metavar="2|3|4|8", help="bits per weight (4)")]
 GroupSize = Annotated[
     int | None,

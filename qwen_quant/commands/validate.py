@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 import typer
 
 from qwen_quant.commands import options
-from qwen_quant.console import Output, Report, Table, format_bytes, format_seconds, running, show
+from qwen_quant.console import Output, Report, Table, running, show
 from qwen_quant.errors import GateError
 from qwen_quant.recipe import ValidationConfig
 from qwen_quant.results import ValidationResult, to_json
+from qwen_quant.units import format_bytes, format_seconds
 
 Quantized = Annotated[
-    str | None, typer.Argument(metavar="[OUT]", help="quantized folder or hub id (out in qwen-quant.toml)")
+    str | None, typer.Argument(metavar="OUT", help="quantized folder or hub id (out in qwen-quant.toml)")
 ]
 Baseline = Annotated[
     str | None, typer.Option("--baseline", metavar="MODEL", help="what it was made from (model in qwen-quant.toml)")
