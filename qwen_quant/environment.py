@@ -104,7 +104,7 @@ def free_disk_bytes(path: Path) -> int:
 def cpu_features(cpuinfo: str | None = None) -> dict[str, bool]:
     """Which of CPU_FEATURES the first CPU of /proc/cpuinfo has (all False where there is no such file)."""
     text = _read("/proc/cpuinfo") if cpuinfo is None else cpuinfo
-    flags = {flag for flag in _cpu_field(text, "flags").split()}
+    flags = set(_cpu_field(text, "flags").split())
     return {name: name in flags for name in CPU_FEATURES}
 
 

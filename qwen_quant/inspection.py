@@ -208,9 +208,9 @@ def _accounting(
 def shape_limits(spec: ModelSpec, linears: tuple[Linear, ...], bits: int, group_size: int) -> tuple[ShapeLimit, ...]:
     """Which linears Marlin-class kernels or tensor parallelism 2/4/8 cannot take at `group_size`.
 
-    Marlin-class kernels need in_features % 128 == 0, out_features % 64 == 0 and whole groups. A tensor-parallel split of
-    a linear that ends a sub-block (o_proj, down_proj) cuts its inputs, which must fall on group boundaries; the others
-    are cut along their outputs, which must fall on whole 32-bit words of qzeros.
+    Marlin-class kernels need in_features % 128 == 0, out_features % 64 == 0 and whole groups. A tensor-parallel split
+    of a linear that ends a sub-block (o_proj, down_proj) cuts its inputs, which must fall on group boundaries; the
+    others are cut along their outputs, which must fall on whole 32-bit words of qzeros.
     """
     row_parallel = {sub.output for sub in spec.family.sub_blocks}
     found: Counter[tuple[str, int, int, str, str]] = Counter()

@@ -57,7 +57,8 @@ class GPTQConfig:
         """Refuse a value outside its range with one InputError that names it."""
         _require(self.bits in BITS, f"bits is {self.bits}", f"use one of {BITS}")
         _require(self.group_size in GROUP_SIZES, f"group_size is {self.group_size}", f"use one of {GROUP_SIZES}")
-        _require(0 < self.damp_percent < 1, f"damp_percent is {self.damp_percent}", "use a fraction in (0, 1), e.g. 0.01")
+        damp = self.damp_percent
+        _require(0 < damp < 1, f"damp_percent is {damp}", "use a fraction in (0, 1), e.g. 0.01")
         _require(self.order in ORDERS, f"order is {self.order!r}", f"use one of {ORDERS}")
         _require(self.scales in SCALE_METHODS, f"scales is {self.scales!r}", f"use one of {SCALE_METHODS}")
         _require(
@@ -130,7 +131,8 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         """Refuse a value outside its range with one InputError that names it."""
         _require(self.window_tokens >= 2, f"window_tokens is {self.window_tokens}", "use 2 or more")
-        _require(self.max_windows is None or self.max_windows >= 1, f"max_windows is {self.max_windows}", "use 1 or more")
+        windows = self.max_windows
+        _require(windows is None or windows >= 1, f"max_windows is {windows}", "use 1 or more")
         _require(self.device in DEVICES, f"device is {self.device!r}", f"use one of {DEVICES}")
 
 
@@ -147,7 +149,8 @@ class Recipe:
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as "2GB", "500MB", "1.5GiB" or a bare number of bytes (UsageError otherwise)."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     clean = text.strip().upper()
     number = clean.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")
     unit = clean[len(number) :].strip()
@@ -183,7 +186,8 @@ def load_recipe(path: Path) -> Recipe:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"cannot read the recipe {path}", str(error), "fix the file or write a new one: qwen-quant init") from error
+        step = "fix the file or write a new one: qwen-quant init"
+        raise InputError(f"cannot read the recipe {path}", str(error), step) from error
     run_table = table.get("run", {})
     if isinstance(run_table, dict) and "max_shard_size" in run_table:
         run_table["max_shard_size_bytes"] = parse_size(str(run_table.pop("max_shard_size")))
@@ -191,6 +195,10 @@ def load_recipe(path: Path) -> Recipe:
     calibration = _section(table, "calibration", CalibrationConfig, path)
     run = _section(table, "run", RunConfig, path)
     model, out = table.pop("model", None), table.pop("out", None)
+    for key, value in (("model", model), ("out", out)):
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{path}: {key} = {value!r} is not a string")
     if table:
-        raise InputError(f"{path}: unknown key '{next(iter(table))}'", next_step="known: model, out, [gptq], [calibration], [run]")
+        step = "known: model, out, [gptq], [calibration], [run]"
+        raise InputError(f"{path}: unknown key '{next(iter(table))}'", next_step=step)
     return Recipe(model=model, out=out, gptq=gptq, calibration=calibration, run=run)

@@ -64,7 +64,8 @@ def _headline(result: InspectResult) -> str:
     lines = [
         f"{result.path}: {result.model_type} {result.kind}, {format_count(result.parameters)} parameters, "
         f"{result.num_layers} blocks of width {result.hidden_size}, {head} head",
-        f"{format_bytes(result.weight_bytes)} of weights in {result.files} file(s), {format_bytes(result.folder_bytes)} in all",
+        f"{format_bytes(result.weight_bytes)} of weights in {result.files} file(s), "
+        f"{format_bytes(result.folder_bytes)} in all",
     ]
     if result.quantization is not None:
         settings = ", ".join(f"{k} {result.quantization[k]}" for k in SETTINGS if k in result.quantization)
@@ -103,9 +104,8 @@ def _provenance(result: InspectResult) -> tuple[str, ...]:
     source, calibration, measured = (_object(facts, key) for key in ("source", "calibration", "measured"))
     commit = f" at {source['revision']}" if source.get("revision") else ""
     lines = [f"made from {source.get('id', '?')}{commit} by {_object(facts, 'versions').get('qwen-quant', '?')}"]
-    lines.append(
-        f"calibration: {calibration.get('source', '?')}, {calibration.get('tokens', '?')} tokens, seed {calibration.get('seed', '?')}"
-    )
+    text, tokens, seed = (calibration.get(key, "?") for key in ("source", "tokens", "seed"))
+    lines.append(f"calibration: {text}, {tokens} tokens, seed {seed}")
     if "wall_seconds" in measured and "peak_memory_bytes" in measured:
         peak = format_bytes(measured["peak_memory_bytes"])
         lines.append(f"it took {format_seconds(measured['wall_seconds'])} and {peak} at its peak")

@@ -116,8 +116,9 @@ def gate_error(gates: tuple[Gate, ...]) -> GateError | None:
 def report_parts(result: ValidationResult, gates: tuple[Gate, ...] = ()) -> tuple[str | Table, ...]:
     """The comparison as people read it, with its protocol in the line above."""
     protocol = (
-        f"{result.dataset} (sha256 {result.dataset_sha256[:16]}): {result.windows} windows of {result.window_tokens} tokens, "
-        f"{result.perplexity.tokens} scored; {format_seconds(result.seconds)}, peak {format_bytes(result.peak_memory_bytes)}"
+        f"{result.dataset} (sha256 {result.dataset_sha256[:16]}): {result.windows} windows of "
+        f"{result.window_tokens} tokens, {result.perplexity.tokens} scored; "
+        f"{format_seconds(result.seconds)}, peak {format_bytes(result.peak_memory_bytes)}"
     )
     divergence = result.divergence
     tail = (
