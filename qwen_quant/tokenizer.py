@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from qwen_quant.errors import InputError
 
 Message = dict[str, str]
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 class Tokenizer:
@@ -70,6 +71,12 @@ class Tokenizer:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder (InputError when there is none that loads without remote code)."""
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):  # transformers would make up an empty one
+        raise InputError(
+            f"{folder} has no tokenizer",
+            f"it holds none of {', '.join(VOCABULARY_FILES)}",
+            "put the model's tokenizer files beside its weights",
+        )
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     try:
         inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
