@@ -226,8 +226,10 @@ def _write_stdout(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         close_stdout()
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def _write_stderr(text: str) -> None:
@@ -239,5 +241,5 @@ def _write_stderr(text: str) -> None:
 
 
 def close_stdout() -> None:
-    """Point stdout at nothing after its reader has gone, so that the interpreter's last flush is silent."""
+    """Point stdout at nothing once it takes no more, so that the interpreter's last flush is silent."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -178,7 +178,10 @@ def _section(table: dict[str, Any], name: str, cls: type, path: Path) -> Any:
             right = type(value) is type(default)
         if not right:
             raise InputError(f"{path}: [{name}] {key} = {value!r} is not of type {type(default).__name__}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{path}: [{name}] {error.what}", error.why, error.next_step) from None
 
 
 def load_recipe(path: Path) -> Recipe:
