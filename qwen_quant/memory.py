@@ -101,7 +101,7 @@ def footprint(
     square = squares * widest_in**2 * 4
     stacked = max(s[0] * s[1] for s in shapes) * 2
     solver = min(ROW_CHUNK_VALUES, stacked) * 4 * SOLVER_TEMPORARIES + stacked * 3
-    batch = max(BATCH_BYTES, 4 * tokens * widest) * BATCH_TEMPORARIES
+    batch = max(min(BATCH_BYTES, 4 * rows * tokens * widest), 4 * tokens * widest) * BATCH_TEMPORARIES
     cache = sum(stream) * tokens * widest_in * BYTES_PER_VALUE
     working = max(solver, batch) + (cache if cache <= CACHE_BYTES else 0)
     hidden = sum(stream) * tokens * spec.hidden_size * BYTES_PER_VALUE

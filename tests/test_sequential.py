@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -23,7 +24,9 @@ from qwen_quant.packing import unpack_weight
 from qwen_quant.preparation import QuantizeJob
 from qwen_quant.progress import no_progress
 from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
+from qwen_quant.resume import WorkFolder
 from qwen_quant.sequential import quantize_checkpoint
+from qwen_quant.tokenizer import load_tokenizer
 from tests.support.checkpoints import edit_tensors, make_checkpoint, text_file, write_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -148,9 +151,6 @@ def test_hessians_are_those_of_the_quantized_prefix(model: Path, tmp_path: Path)
         packed = {s: artifact.read(f"{base}.{s}") for s in ("qweight", "qzeros", "scales", "g_idx")}
         return unpack_weight(packed, 4, "gptq").dequantized()
 
-    ids = torch.tensor(list((tmp_path / "calibration.txt").read_bytes()[: 12 * 64])).view(12, 64)
-    from qwen_quant.tokenizer import load_tokenizer
-
     ids = torch.tensor(load_tokenizer(model).encode((tmp_path / "calibration.txt").read_text())[: 12 * 64]).view(12, 64)
     hidden = reader.gather_rows("model.embed_tokens.weight", ids).float()
     block, seen = skeleton.block(0, dense), {}
@@ -202,9 +202,6 @@ def test_killed_and_resumed_is_byte_identical(blocks_before_kill: int, tmp_path:
 
 def interrupted(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
     """Run until the first block is committed, then stop as Ctrl-C would."""
-    commit = sequential.WorkFolder.commit if hasattr(sequential, "WorkFolder") else None
-    from qwen_quant.resume import WorkFolder
-
     commit = WorkFolder.commit
 
     def stop(self: WorkFolder, progress: dict[str, object]) -> None:
@@ -283,8 +280,6 @@ def test_the_audit_catches_flipped_bytes(model: Path, tmp_path: Path, monkeypatc
 
 def test_a_family_row_that_forgets_a_linear_stops(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail closed: a linear that the table does not know is an error, not a 16-bit leftover."""
-    import dataclasses
-
     from qwen_quant.checkpoint import families
 
     row = families.FAMILIES["qwen2"]
@@ -406,8 +401,9 @@ def test_no_memory_for_one_block(model: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_unwritable_output(model: Path, tmp_path: Path) -> None:
+    job = job_for(model, tmp_path / "out")
     with pytest.raises(InputError, match="does not exist"):
-        quantize(model, tmp_path / "absent" / "out")
+        quantize_checkpoint(dataclasses.replace(job, out=tmp_path / "absent" / "out"), no_progress)
     locked = tmp_path / "locked"
     locked.mkdir()
     text_file(locked / "calibration.txt")
@@ -427,7 +423,7 @@ def test_memory_stays_inside_the_bound(tmp_path: Path) -> None:
         "from qwen_quant.preparation import *; from qwen_quant.plan import bound_bytes;"
         "from qwen_quant.sequential import quantize_checkpoint; from qwen_quant.environment import peak_rss_bytes;"
         "from qwen_quant.recipe import *; a = sys.argv;"
-        "job = QuantizeJob(Path(a[1]), Path(a[2]), GPTQConfig(group_size=32), CalibrationConfig(a[3], 128, 512),"
+        "job = QuantizeJob(Path(a[1]), Path(a[2]), GPTQConfig(group_size=32), CalibrationConfig(a[3], 32, 256),"
         " RunConfig(device='cpu'), 'x');"
         "ready = prepare(job); start = peak_rss_bytes(); bound = bound_bytes(ready); del ready;"
         "quantize_checkpoint(job, lambda *a: None); print(json.dumps([peak_rss_bytes() - start, bound]))"
