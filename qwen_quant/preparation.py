@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,8 +80,11 @@ def check_output(out: Path, *, force: bool) -> None:
     parent = out.absolute().parent
     if not parent.is_dir():
         raise InputError(f"{parent} does not exist", next_step=f"make it first: mkdir -p {parent}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{parent} is not writable", next_step="give an OUT in a folder you may write to")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".qwen-quant-", dir=parent))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{parent} is not writable", reason, "give an OUT in a folder you may write to") from error
 
 
 def plan_tensors(reader: CheckpointReader, accounting: Accounting, config: GPTQConfig) -> list[PlannedTensor]:
