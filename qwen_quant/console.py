@@ -128,14 +128,18 @@ def running(output: Output) -> Iterator[ProgressFn]:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes log records to stderr, above the progress bar when there is one."""
+    """Writes log records to stderr, above the progress bar when there is one; the same text only once a run."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
         self.console: Console | None = None
+        self._seen: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         text = f"{record.levelname.lower()}: {record.getMessage()}"
+        if text in self._seen:
+            return
+        self._seen.add(text)
         if self.console is not None:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
