@@ -178,7 +178,7 @@ class _Bar:
         """The ProgressFn of this bar."""
         task = self._progress.tasks[0]
         if task.total != total or done < task.completed:
-            self._progress.reset(self._task, total=total, completed=0, visible=True)
+            self._progress.reset(self._task, total=total, completed=done, visible=True, description=label)
         self._progress.update(self._task, description=label, completed=done, rate=_rate(task.speed))
 
 
