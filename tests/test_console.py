@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 
 import pytest
 
@@ -94,6 +95,7 @@ def test_the_bar_shows_label_count_and_rate_on_a_terminal_only(monkeypatch: pyte
     with console.running(Output()) as progress:
         for done in range(4):
             progress("quantizing blocks", done, 30)
+        time.sleep(0.3)  # the bar draws ten times a second
         progress("auditing [x]", 0, 5)
         logging.getLogger("qwen_quant.x").warning("a [bracket] warning")
     text = stderr.getvalue()
