@@ -1,7 +1,8 @@
 """Hidden states of the calibration set: the only thing that grows with the data.
 
-Held in BF16, in memory up to a limit and in a plain file beyond it.  The file is read and written in batches with
-ordinary file calls, so that it lives in the page cache, which the kernel can reclaim, and not in the resident set.
+Held in BF16 (evaluation asks for FP32), in memory up to a limit and in a plain file beyond it.  The file is read and
+written in batches with ordinary file calls, so that it lives in the page cache, which the kernel can reclaim, and not
+in the resident set.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ BYTES_PER_VALUE = 2
 
 
 class ActivationStore:
-    """BF16 values [rows, tokens, width], in memory or, when `path` is given, in that file.
+    """Values [rows, tokens, width] in `dtype`, in memory or, when `path` is given, in that file.
 
     Errors: OSError from the file system (disk full among them) is passed on to the caller's boundary.
     """
 
-    def __init__(self, shape: tuple[int, int, int], path: Path | None = None) -> None:
-        self.shape = shape
-        self._memory = torch.empty(shape, dtype=torch.bfloat16) if path is None else None
+    def __init__(
+        self, shape: tuple[int, int, int], path: Path | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._memory = torch.empty(shape, dtype=dtype) if path is None else None
         self._file: int | None = None
         if path is not None:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -34,14 +37,14 @@ class ActivationStore:
     def nbytes(self) -> int:
         """Bytes of the whole store."""
         rows, tokens, width = self.shape
-        return rows * tokens * width * BYTES_PER_VALUE
+        return rows * tokens * width * self.dtype.itemsize
 
     @property
     def _row_bytes(self) -> int:
-        return self.shape[1] * self.shape[2] * BYTES_PER_VALUE
+        return self.shape[1] * self.shape[2] * self.dtype.itemsize
 
     def load(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) as BF16 [stop - start, tokens, width]; not to be written to."""
+        """Rows [start, stop) as [stop - start, tokens, width]; not to be written to."""
         if self._memory is not None:
             return self._memory[start:stop]
         assert self._file is not None
@@ -49,16 +52,16 @@ class ActivationStore:
         view, done = memoryview(buffer), 0
         while done < len(buffer):
             done += os.preadv(self._file, [view[done:]], start * self._row_bytes + done)
-        return torch.frombuffer(buffer, dtype=torch.bfloat16).view(stop - start, *self.shape[1:])
+        return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, *self.shape[1:])
 
     def save(self, start: int, values: Tensor) -> None:
-        """Store rows from `start` on; `values` [n, tokens, width] is rounded to BF16."""
-        rounded = values.detach().to("cpu", torch.bfloat16)
+        """Store rows from `start` on; `values` [n, tokens, width] is rounded to `dtype`."""
+        rounded = values.detach().to("cpu", self.dtype)
         if self._memory is not None:
             self._memory[start : start + values.shape[0]] = rounded
             return
         assert self._file is not None
-        view, done = memoryview(rounded.contiguous().view(torch.uint8).numpy()).cast("B"), 0
+        view, done = rounded.contiguous().view(torch.uint8).numpy().data.cast("B"), 0
         while done < len(view):
             done += os.pwritev(self._file, [view[done:]], start * self._row_bytes + done)
 
@@ -69,7 +72,7 @@ class ActivationStore:
             os.fdatasync(self._file)
             return
         with open(path, "wb") as file:
-            file.write(memoryview(self._memory.view(torch.uint8).numpy()).cast("B"))
+            file.write(self._memory.view(torch.uint8).numpy().data.cast("B"))
             file.flush()
             os.fdatasync(file.fileno())
 
@@ -77,7 +80,7 @@ class ActivationStore:
         """Fill a store in memory from what `dump` wrote."""
         if self._memory is not None:
             with open(path, "rb") as file:
-                file.readinto(memoryview(self._memory.view(torch.uint8).numpy()).cast("B"))
+                file.readinto(self._memory.view(torch.uint8).numpy().data.cast("B"))
 
     def close(self) -> None:
         """Release the memory or the file handle."""
