@@ -29,7 +29,6 @@ from qwen_quant.results import LayerStats
 
 CACHE_BYTES = 512 << 20
 BATCH_BYTES = 64 << 20
-ONE_THREAD_COLUMNS = 2048
 logger = logging.getLogger(__name__)
 
 
@@ -193,13 +192,8 @@ def _solve_group(
     modules = [block.get_submodule(name) for name in names]
     label = ", ".join(run.prefix + name for name in names)
     weight = torch.cat([module.weight for module in modules])
-    started, threads = time.perf_counter(), torch.get_num_threads()
-    if weight.shape[1] <= ONE_THREAD_COLUMNS and run.device.type == "cpu":
-        torch.set_num_threads(1)  # thousands of small operations: thread barriers cost more than the second core gives
-    try:
-        whole, stats = quantize_weight(weight, hessian, run.config, name=label)
-    finally:
-        torch.set_num_threads(threads)
+    started = time.perf_counter()
+    whole, stats = quantize_weight(weight, hessian, run.config, name=label)
     seconds = time.perf_counter() - started
     if stats.damp_percent > run.config.damp_percent:
         logger.warning("%s: damping escalated to %g to factor the Hessian", label, stats.damp_percent)

@@ -1,8 +1,8 @@
 """GPTQ: choose codes so that the layer's OUTPUT changes least, given the inputs it really sees.
 
 With X the inputs [tokens, in] and H = X^T X / tokens, the loss of a changed weight is tr(dW H dW^T).  Columns are
-rounded one after the other and each error is pushed onto the columns still to come (Frantar et al., 2023).  What is done
-beyond the paper, each a measured gain (README, benchmarks/):
+rounded one after the other and each error is pushed onto the columns still to come (Frantar et al., 2023).  What is
+done beyond the paper, each a measured gain (README, benchmarks/):
 
 - columns are solved by falling diag(H) while groups stay blocks of CONSECUTIVE columns, so no permutation is stored;
 - scales come from a search weighted by how much an error in a column costs (`grid.find_grid`);
@@ -16,6 +16,8 @@ Weights are handled transposed, [in, out], so that one input column is one conti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +30,7 @@ from qwen_quant.grid import Grid, dequantize, find_grid, round_codes
 from qwen_quant.recipe import GPTQConfig
 
 SOLVE_BLOCK = 128
+ONE_THREAD_VALUES = 4 << 20
 ROW_CHUNK_VALUES = 12 << 20
 ASYMMETRIC_STRENGTH = 0.5
 RESIDUAL_STRENGTH = 0.5
@@ -62,7 +65,9 @@ class SolveStats:
     """Per-row losses of one solve, so that linears solved together can be told apart again.
 
     Attributes:
-        row_loss, row_rounding_loss, row_energy: FP64 [out]: dW H dW^T of the artifact and of plain rounding, and W H W^T.
+        row_loss, row_rounding_loss: FP64 [out]: dW H dW^T of the artifact and of plain rounding, where dW is the
+            difference from what full precision asks for (the weight itself without asymmetric calibration).
+        row_energy: FP64 [out]: W H W^T.
         damp_percent: damping that succeeded.
         dead_columns: columns whose input was always zero.
     """
@@ -160,6 +165,18 @@ def _factored(gram: Tensor, order: Tensor, damp_percent: float, name: str) -> tu
                 "use more or other calibration text",
             )
         damp = min(damp * DAMP_ESCALATION, MAX_DAMP_PERCENT)
+
+
+@contextmanager
+def _few_threads(values: Tensor) -> Iterator[None]:
+    """One thread for thousands of small operations: there, thread barriers cost more than more cores give."""
+    threads = torch.get_num_threads()
+    if values.device.type == "cpu" and values.numel() <= ONE_THREAD_VALUES:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _solve(target: Tensor, inverse: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> Tensor:
@@ -287,7 +304,7 @@ def _normalized(hessian: HessianAccumulator, name: str) -> tuple[Tensor, int]:
 
 
 def _revive(gram: Tensor) -> int:
-    """Give columns whose input was always zero a diagonal, so that they are just rounded; returns how many there were."""
+    """Give columns whose input was always zero a diagonal, so that they are just rounded; returns how many."""
     diagonal = gram.diagonal()
     dead = diagonal == 0
     diagonal[dead] = diagonal.mean().clamp_min(1e-8)
@@ -346,7 +363,8 @@ def _solved(target: Tensor, problem: _Problem) -> tuple[Tensor, Grid]:
     importance = problem.gram.diagonal()[gathered] if config.scales == "search" else None
     grid = find_grid(target[gathered], importance, config.bits, config.group_size, config.sym)
     ordered = problem.index[order]
-    solved = _solve(target[order], problem.inverse, grid.scales[ordered], grid.zeros[ordered], grid.max_code)
+    with _few_threads(target):
+        solved = _solve(target[order], problem.inverse, grid.scales[ordered], grid.zeros[ordered], grid.max_code)
     codes = torch.empty_like(solved)
     codes[order] = solved
     return codes, grid
