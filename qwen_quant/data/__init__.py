@@ -1,16 +1,24 @@
-"""Data that ships with the package: the demo checkpoint, calibration text and evaluation text."""
+"""Files that ship inside the package: demo checkpoint, calibration set, held-out texts (licences in README.md here)."""
 
 from __future__ import annotations
 
-from importlib import resources
+from importlib.resources import files
 from pathlib import Path
 
-from qwen_quant.errors import QwenQuantError
+from qwen_quant.errors import InputError
 
 
 def bundled_path(name: str) -> Path:
-    """Path of a bundled file or folder (QwenQuantError when the installation lacks it)."""
-    path = Path(str(resources.files(__name__))) / name
-    if not path.exists():
-        raise QwenQuantError(f"the installation lacks its data '{name}'", str(path), "install qwen-quant again")
-    return path
+    """The path of a bundled file or folder, for example ``calibration_bundled.jsonl`` or ``demo_checkpoint``.
+
+    Raises:
+        InputError: nothing of that name is installed, or the package is read from a zip archive.
+    """
+    resource = files(__name__).joinpath(name)
+    if not isinstance(resource, Path) or not resource.exists():
+        raise InputError(
+            f"the bundled data {name!r} is not installed",
+            "the package was installed without its data files",
+            "reinstall it unpacked: pip install --force-reinstall qwen-quant",
+        )
+    return resource
