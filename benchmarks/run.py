@@ -2,8 +2,8 @@
 """Int4 quality and time side by side with GPTQModel, on one checkpoint, one calibration text, one evaluation text.
 
 Each variant quantizes in a fresh process and is then compared with the unquantized checkpoint by `qwen-quant validate`
-on the same windows.  The two timed sides (ours with defaults, GPTQModel with its defaults) alternate `--rounds` times;
-the table shows the median.  The further rows show what each step of the solver gains.
+on the same windows.  The two timed sides (ours and GPTQModel, each with its defaults) alternate `--rounds` times; the
+table shows the median.  The further rows show what each step of the solver gains.
 
     python benchmarks/run.py --model MODEL --calibration wiki.valid.raw --text wiki.test.raw --peer-python VENV/bin/python
 
@@ -157,8 +157,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     for r in rows:
         memory = r["peak_memory_bytes"] / 1e9
-        cells = f"{r['kl_mean']:.4f} | {r['perplexity']:.2f} | {r['top1_agreement']:.1%} | {r['seconds']:.0f} | {memory:.2f}"
-        lines.append(f"| {r['name']} | {cells} |")
+        cells = f"{r['kl_mean']:.4f} | {r['perplexity']:.2f} | {r['top1_agreement']:.1%} | {r['seconds']:.0f}"
+        lines.append(f"| {r['name']} | {cells} | {memory:.2f} |")
     named = {r["name"]: r for r in rows}
     if PEER in named:
         kl = named[OURS]["kl_mean"] / named[PEER]["kl_mean"]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qwen_quant.activations import BYTES_PER_VALUE, ActivationStore
 from qwen_quant.checkpoint.families import SubBlock
 from qwen_quant.gptq import HessianAccumulator, QuantizedWeight, SolveStats, quantize_weight
+from qwen_quant.models.skeleton import CastLinear
 from qwen_quant.recipe import GPTQConfig
 from qwen_quant.results import LayerStats
 
@@ -91,6 +92,13 @@ def batch_rows(tokens: int, widest: int) -> int:
     return max(1, BATCH_BYTES // (4 * tokens * widest))
 
 
+def _linear(block: nn.Module, name: str) -> CastLinear:
+    """A linear of the block that has not been quantized yet."""
+    module = block.get_submodule(name)
+    assert isinstance(module, CastLinear), f"{name} is {type(module).__name__}"
+    return module
+
+
 def run_body(block: nn.Module, sub: SubBlock, hidden: Tensor, context: dict[str, Any]) -> Tensor:
     """The half's module on norm(hidden), with whatever now stands at its output linear."""
     module = block.get_submodule(sub.module)
@@ -114,10 +122,10 @@ class _Half:
 
     def __init__(self, run: BlockRun, sub: SubBlock, streams: list[Stream]) -> None:
         self.run, self.sub, self.streams = run, sub, streams
-        block = streams[0].block
-        self.in_width = block.get_submodule(sub.inputs[0]).weight.shape[1]
-        self.tap_width = block.get_submodule(sub.output).weight.shape[1]
-        widest = max(self.tap_width, self.in_width, *(block.get_submodule(n).weight.shape[0] for n in sub.inputs))
+        inputs = [_linear(streams[0].block, name).weight for name in sub.inputs]
+        self.in_width = inputs[0].shape[1]
+        self.tap_width = _linear(streams[0].block, sub.output).weight.shape[1]
+        widest = max(self.tap_width, self.in_width, *(weight.shape[0] for weight in inputs))
         rows, tokens, _ = streams[0].states.shape
         step = batch_rows(tokens, widest)
         edges = sorted({*range(0, rows, step), *(s.states.shape[0] for s in streams)} | {rows})
@@ -189,7 +197,7 @@ def _solve_group(
     run: BlockRun, block: nn.Module, names: tuple[str, ...], hessian: HessianAccumulator
 ) -> list[SolvedLinear]:
     """Solve the linears `names` of the quantized block as one stacked matrix and put their codes in place."""
-    modules = [block.get_submodule(name) for name in names]
+    modules = [_linear(block, name) for name in names]
     label = ", ".join(run.prefix + name for name in names)
     weight = torch.cat([module.weight for module in modules])
     started = time.perf_counter()

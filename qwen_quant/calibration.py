@@ -1,8 +1,8 @@
 """Calibration text -> a fixed set of token rows.
 
 Rows are filled without padding: JSON rows are put in a seeded order, tokenized, and joined with the end-of-text token;
-plain text is tokenized whole and cut from its start.  What does not fill a last row is dropped, and the number of tokens
-really used is reported.
+plain text is tokenized whole and cut from its start.  What does not fill a last row is dropped, and the number of
+tokens really used is reported.
 """
 
 from __future__ import annotations
@@ -178,9 +178,8 @@ def _warnings(input_ids: Tensor, config: CalibrationConfig) -> list[str]:
     if input_ids.numel() < FEW_TOKENS:
         found.append(f"only {input_ids.numel()} calibration tokens (under {FEW_TOKENS}): expect a worse artifact")
     if input_ids.shape[0] < config.num_samples:
-        found.append(
-            f"the calibration text fills {input_ids.shape[0]} of {config.num_samples} rows of {input_ids.shape[1]} tokens"
-        )
+        rows, tokens = input_ids.shape
+        found.append(f"the calibration text fills {rows} of {config.num_samples} rows of {tokens} tokens")
     return found
 
 

@@ -43,6 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of activations; float32 is the sharpest test"
     )
+    parser.add_argument(
+        "--kernel", default="gptq_torch", help="GPTQModel's kernel; auto takes faster, noisier ones (bfloat16 inside)"
+    )
     parser.add_argument("--atol", type=float, default=0.05, help="largest absolute logit difference allowed")
     return parser.parse_args()
 
@@ -55,10 +58,14 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     if args.backend == "gptqmodel":
         from gptqmodel import GPTQModel
 
-        return GPTQModel.load(str(args.artifact), device="cpu", dtype=dtype).model
-    from transformers import AutoModelForCausalLM
+        return GPTQModel.load(str(args.artifact), device="cpu", backend=args.kernel, dtype=dtype).model
+    from transformers import AutoModelForCausalLM, GPTQConfig
 
-    return AutoModelForCausalLM.from_pretrained(args.artifact, device_map="cpu", dtype=dtype)
+    bits = json.loads((args.artifact / "config.json").read_text(encoding="utf-8"))["quantization_config"]["bits"]
+    config = GPTQConfig(bits=bits, backend=args.kernel)  # the artifact's own settings win; only the kernel is taken
+    return AutoModelForCausalLM.from_pretrained(
+        args.artifact, device_map="cpu", dtype=dtype, quantization_config=config
+    )
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, int]:
@@ -98,7 +105,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     start = time.perf_counter()
     with torch.inference_mode():
         logits = model(input_ids=expected["input_ids"], use_cache=False).logits.float()
-    result: dict[str, object] = {"backend": args.backend, "dtype": args.dtype, "quantized_layers": layers}
+    result: dict[str, object] = {
+        "backend": args.backend,
+        "dtype": args.dtype,
+        "kernel": args.kernel,
+        "quantized_layers": layers,
+    }
     result |= compare(logits, expected["logits"].float())
     result |= {"load_seconds": round(load_seconds, 2), "forward_seconds": round(time.perf_counter() - start, 2)}
     return result | {"versions": versions()}

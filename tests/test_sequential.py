@@ -259,7 +259,10 @@ def test_the_audit_catches_a_planted_omission(model: Path, tmp_path: Path, monke
     assert caught.value.exit_code == 1 and not (tmp_path / "out").exists()
 
 
-def test_the_audit_catches_flipped_bytes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("victim", ["model.layers.1.mlp.up_proj.qweight", "model.norm.weight"])
+def test_the_audit_catches_flipped_bytes(
+    victim: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = sequential.audit_artifact
 
     def tamper(ready: object, folder: Path, *rest: object) -> None:
@@ -272,10 +275,9 @@ def test_the_audit_catches_flipped_bytes(model: Path, tmp_path: Path, monkeypatc
         real(ready, folder, *rest)
 
     monkeypatch.setattr(sequential, "audit_artifact", tamper)
-    for victim in ("model.layers.1.mlp.up_proj.qweight", "model.norm.weight"):
-        with pytest.raises(AuditError, match="up_proj|norm"):
-            quantize(model, tmp_path / "out", resume=False)
-        assert not (tmp_path / "out").exists()
+    with pytest.raises(AuditError, match=victim.rpartition(".")[0]):
+        quantize(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_family_row_that_forgets_a_linear_stops(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

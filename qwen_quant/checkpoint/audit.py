@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen_quant.checkpoint.families import ModelSpec
-from qwen_quant.checkpoint.reader import CheckpointReader
+from qwen_quant.checkpoint.reader import CheckpointReader, raw_bytes
 from qwen_quant.checkpoint.writer import PlannedShard
 from qwen_quant.errors import AuditError, InputError
 
@@ -92,7 +92,7 @@ def content_sha256(tensors: Iterable[torch.Tensor]) -> str:
     """sha256 of the raw bytes of tensors, one after the other."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()).cast("B"))
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What goes beside the weights: configs, the source's own files, and `qwen-quant.json`, which says where it all came from."""
+"""What goes beside the weights: configs, the source's own files, and `qwen-quant.json`, which says where it came from."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def copy_companions(source: Path, folder: Path) -> tuple[list[str], list[str]]:
     """Copy tokenizer, template, generation_config, licence and similar files byte for byte.
 
     Returns:
-        (copied, left behind) file names; code, pickles, dotfiles, other weights and the source's model card stay behind.
+        (copied, left behind) file names; code, pickles, dotfiles, other weights and the source's card stay behind.
     """
     copied, left = [], []
     for path in sorted(source.iterdir()):

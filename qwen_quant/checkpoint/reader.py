@@ -95,7 +95,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise InputError(
             f"{folder} holds pickle weights only",
             "a pickle can run code, so it is never read here",
-            "convert it once in a sandbox: load the state dict with torch.load(..., weights_only=True), then safetensors.torch.save_file",
+            "convert it once: state = torch.load(file, weights_only=True), then safetensors.torch.save_file(state, ...)",
         )
     raise InputError(
         f"{folder} is not a checkpoint", f"it holds neither {SINGLE_FILE} nor {INDEX_FILE}", "give a model folder"
@@ -198,6 +198,12 @@ class CheckpointReader:
                     raise InputError(f"{info.file} ended inside '{info.name}'", next_step="fetch this file again")
                 done += got
         return torch.frombuffer(buffer, dtype=info.dtype)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor's values (a copy only where it is not contiguous)."""
+    flat = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat.data).cast("B") if flat.size else memoryview(b"")
 
 
 def file_sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen_quant.checkpoint.reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
+from qwen_quant.checkpoint.reader import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, raw_bytes
 from qwen_quant.errors import AuditError
 
 _ALIGNMENT = 8
@@ -49,7 +49,7 @@ class PlannedShard:
 
 
 def _shard(file_name: str, tensors: list[PlannedTensor]) -> PlannedShard:
-    """Lay out one file: widest dtypes first, so that every tensor is aligned without holes (which the format forbids)."""
+    """Lay out one file: widest dtypes first, so every tensor is aligned without the holes that the format forbids."""
     ordered = sorted(tensors, key=lambda t: -t.dtype.itemsize)
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     relative: dict[str, int] = {}
@@ -127,7 +127,7 @@ class PlannedWriter:
         shard, _ = self._place[name]
         if not part.numel():
             return
-        view, done = memoryview(part.contiguous().flatten().view(torch.uint8).numpy()).cast("B"), 0
+        view, done = raw_bytes(part), 0
         while done < len(view):
             done += os.pwrite(self._files[shard.file_name], view[done:], shard.offsets[name] + start + done)
 
