@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_quant import cli, plan, sequential
+from qwen_quant import cli, sequential
 from qwen_quant.errors import NetworkError
 from qwen_quant.results import Divergence, LayerStats, PerplexityPair, ValidationResult
 from tests.support.checkpoints import text_file
@@ -55,6 +55,7 @@ QUANTIZED = stand_in(
     peak_memory_bytes=3000,
     seconds=75.0,
     warnings=("few tokens",),
+    predicted=ESTIMATE,
 )
 
 
@@ -82,7 +83,6 @@ def fake_validation(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]
 
 
 def fake_quantization(monkeypatch: pytest.MonkeyPatch, stage: Callable[..., object]) -> None:
-    monkeypatch.setattr(plan, "make_plan", lambda job: ESTIMATE)
     monkeypatch.setattr(sequential, "quantize_checkpoint", stage)
 
 
@@ -142,7 +142,7 @@ def test_gptq_options_override_the_recipe(folder: Path, monkeypatch: pytest.Monk
     recipe = "model = 'model'\nout = 'there'\n[gptq]\nbits = 8\ngroup_size = 32\n[run]\nmax_shard_size = '1GB'\n"
     (folder / "qwen-quant.toml").write_text(recipe)
     jobs = []
-    fake_quantization(monkeypatch, lambda job, progress: jobs.append(job) or QUANTIZED)
+    fake_quantization(monkeypatch, lambda job, *rest: jobs.append(job) or QUANTIZED)
     options = ["--bits", "4", "--asym", "--format", "gptq_v2", "--no-asymmetric-calibration", "--seed", "7"]
     assert cli.run(["gptq", *options, "--order", "column", "--scales", "minmax", "--no-resume", "--quiet"]) == 0
     job = jobs[0]
@@ -156,7 +156,11 @@ def test_gptq_options_override_the_recipe(folder: Path, monkeypatch: pytest.Monk
 def test_gptq_shows_prediction_and_actual(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_quantization(monkeypatch, lambda job, progress: QUANTIZED)
+    def stage(job: object, progress: object, announce: Callable[[object], None]) -> object:
+        announce(ESTIMATE)
+        return QUANTIZED
+
+    fake_quantization(monkeypatch, stage)
     assert cli.run(["gptq", "model", "out"]) == 0
     printed = capsys.readouterr()
     assert printed.err == "predicted: little\n"

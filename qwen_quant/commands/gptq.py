@@ -13,7 +13,6 @@ from qwen_quant.results import to_json
 from qwen_quant.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from qwen_quant.plan import PlanEstimate
     from qwen_quant.sequential import QuantizeResult
 
 WORST_LAYERS = 5
@@ -81,21 +80,17 @@ def gptq(
     target = Path(options.required(out or recipe.out, "out"))
     name = options.required(model or recipe.model, "model")
 
-    from qwen_quant.plan import make_plan
     from qwen_quant.preparation import check_output
     from qwen_quant.sequential import quantize_checkpoint
 
     check_output(target, force=recipe.run.force)
     job = options.make_job(recipe, options.find_model(name, output), target)
     with running(output) as progress:
-        estimate = make_plan(job)
-        note("\n".join(estimate.lines), output)
-        result = quantize_checkpoint(job, progress)
-    data = {**to_json(result), "planned": to_json(estimate)}
-    show(Report("gptq", data, report_parts(result, recipe.gptq, estimate)), output)
+        result = quantize_checkpoint(job, progress, lambda estimate: note("\n".join(estimate.lines), output))
+    show(Report("gptq", to_json(result), report_parts(result, recipe.gptq)), output)
 
 
-def report_parts(result: QuantizeResult, config: GPTQConfig, estimate: PlanEstimate) -> tuple[str | Table, ...]:
+def report_parts(result: QuantizeResult, config: GPTQConfig) -> tuple[str | Table, ...]:
     """What a person wants to read of a finished run: what was made, what it cost, and the layers furthest off."""
     grid = "sym" if config.sym else "asym"
     quantized, kept = format_count(result.quantized_parameters), format_count(result.kept_parameters)
@@ -103,10 +98,11 @@ def report_parts(result: QuantizeResult, config: GPTQConfig, estimate: PlanEstim
     counts = f"{len(result.layers)} linears ({quantized} parameters) quantized, {kept} parameters kept in 16 bit"
     tokens = f"{result.tokens} calibration tokens, sha256 {result.calibration_sha256[:16]}"
     warnings = tuple(f"warning: {line}" for line in result.warnings)
-    return (headline, counts, tokens, *warnings, _costs(result, estimate), *_worst(result))
+    return (headline, counts, tokens, *warnings, _costs(result), *_worst(result))
 
 
-def _costs(result: QuantizeResult, estimate: PlanEstimate) -> Table:
+def _costs(result: QuantizeResult) -> Table:
+    estimate = result.predicted
     rows = (
         ("source size", "-", format_bytes(result.source_bytes)),
         ("output size", format_bytes(estimate.output_bytes), format_bytes(result.output_bytes)),
