@@ -1,4 +1,4 @@
-"""What goes beside the weights: configs, the source's own files, and `qwen-quant.json`, which says where it came from."""
+"""What goes beside the weights: configs, the source's own files, and `qwen-quant.json`, the provenance."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise InputError(
             f"{folder} holds pickle weights only",
             "a pickle can run code, so it is never read here",
-            "convert it once: state = torch.load(file, weights_only=True), then safetensors.torch.save_file(state, ...)",
+            "convert it once: state = torch.load(file, weights_only=True); safetensors.torch.save_file(state, ...)",
         )
     raise InputError(
         f"{folder} is not a checkpoint", f"it holds neither {SINGLE_FILE} nor {INDEX_FILE}", "give a model folder"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,16 +32,6 @@ MaxRatio = Annotated[
     float | None, typer.Option("--max-perplexity-ratio", help="gate: largest perplexity ratio, quantized / baseline")
 ]
 MinTop1 = Annotated[float | None, typer.Option("--min-top1", help="gate: least top-1 agreement, 0 to 1")]
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One limit and what was measured against it; a value that is not a number fails."""
-
-    name: str
-    limit: float
-    value: float
-    passed: bool
 
 
 def validate(
@@ -77,43 +66,24 @@ def validate(
     target = options.find_model(target_name, output)
     source = options.find_model(baseline or options.required(recipe.model, "model"), output)
 
+    from qwen_quant.evaluation.gates import check_gates
     from qwen_quant.evaluation.validate import validate_pair
 
     with running(output) as progress:
         result = validate_pair(source.path, target.path, config, progress)
-    gates = check_gates(result, max_kl, max_perplexity_ratio, min_top1)
-    error = gate_error(gates)
-    data = {**to_json(result), "gates": to_json(gates)}
-    show(Report("validate", data, report_parts(result, gates)), output, error)
+    error: GateError | None = None
+    try:
+        check_gates(result, max_kl, max_perplexity_ratio, min_top1)
+    except GateError as failed:
+        error = failed
+    limits = {"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio, "min_top1": min_top1}
+    gates = {"limits": limits, "passed": error is None}
+    show(Report("validate", {**to_json(result), "gates": gates}, report_parts(result)), output, error)
     if error is not None:
         raise typer.Exit(error.exit_code)
 
 
-def check_gates(
-    result: ValidationResult, max_kl: float | None, max_ratio: float | None, min_top1: float | None
-) -> tuple[Gate, ...]:
-    """The gates that were asked for, measured."""
-    kl, ratio, top1 = result.divergence.kl_mean, result.perplexity.ratio, result.divergence.top1_agreement
-    gates = []
-    if max_kl is not None:
-        gates.append(Gate("max-kl", max_kl, kl, kl <= max_kl))
-    if max_ratio is not None:
-        gates.append(Gate("max-perplexity-ratio", max_ratio, ratio, ratio <= max_ratio))
-    if min_top1 is not None:
-        gates.append(Gate("min-top1", min_top1, top1, top1 >= min_top1))
-    return tuple(gates)
-
-
-def gate_error(gates: tuple[Gate, ...]) -> GateError | None:
-    """One error that names every failed gate, or None when all hold."""
-    failed = [f"{gate.name} {gate.limit:g} (measured {gate.value:.4g})" for gate in gates if not gate.passed]
-    if not failed:
-        return None
-    step = "do not release it: try more calibration tokens, a smaller --group-size or more --bits"
-    return GateError(f"gate failed: {', '.join(failed)}", next_step=step)
-
-
-def report_parts(result: ValidationResult, gates: tuple[Gate, ...] = ()) -> tuple[str | Table, ...]:
+def report_parts(result: ValidationResult) -> tuple[str | Table, ...]:
     """The comparison as people read it, with its protocol in the line above."""
     protocol = (
         f"{result.dataset} (sha256 {result.dataset_sha256[:16]}): {result.windows} windows of "
@@ -125,8 +95,7 @@ def report_parts(result: ValidationResult, gates: tuple[Gate, ...] = ()) -> tupl
         f"KL divergence per token: median {divergence.kl_median:.4g}, p90 {divergence.kl_p90:.4g}, "
         f"p99 {divergence.kl_p99:.4g}, max {divergence.kl_max:.4g}"
     )
-    states = tuple(f"gate {g.name} {g.limit:g}: {'passed' if g.passed else 'FAILED'} ({g.value:.4g})" for g in gates)
-    return (protocol, comparison_table(result), tail, *states)
+    return (protocol, comparison_table(result), tail)
 
 
 def comparison_table(result: ValidationResult) -> Table:

@@ -1,4 +1,4 @@
-"""GPTQ exactly as the formula reads: one column at a time, remaining Hessian inverted anew each time, FP64, no blocks."""
+"""GPTQ as the formula reads: one column at a time, the remaining Hessian inverted anew each time, FP64, no blocks."""
 
 from __future__ import annotations
 
