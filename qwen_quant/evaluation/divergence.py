@@ -18,7 +18,7 @@ def token_divergence(baseline_log_probs: Tensor, quantized_log_probs: Tensor) ->
     """KL(baseline || quantized) of each position: two FP32 [n, vocabulary] -> FP64 [n]; the second is overwritten."""
     gap = torch.sub(baseline_log_probs, quantized_log_probs, out=quantized_log_probs)
     probabilities = baseline_log_probs.exp()
-    # A token that P excludes contributes nothing, also where both logs are -inf; one that only Q excludes: KL is infinite.
+    # A token that P excludes contributes nothing, even if both logs are -inf; one that only Q excludes: KL is infinite.
     gap.masked_fill_(probabilities == 0, 0.0)
     return probabilities.mul_(gap).sum(1, dtype=torch.float64)
 
