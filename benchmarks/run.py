@@ -5,7 +5,7 @@ Each variant quantizes in a fresh process and is then compared with the unquanti
 on the same windows.  The two timed sides (ours and GPTQModel, each with its defaults) alternate `--rounds` times; the
 table shows the median.  The further rows show what each step of the solver gains.
 
-    python benchmarks/run.py --model MODEL --calibration wiki.valid.raw --text wiki.test.raw --peer-python VENV/bin/python
+    python benchmarks/run.py --model MODEL --calibration VALID.raw --text TEST.raw --peer-python VENV/bin/python
 
 Writes benchmarks/results/int4.json and int4.md (or --out), and prints the table.
 """
@@ -165,8 +165,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for r in rows:
         memory = r["peak_memory_bytes"] / 1e9
-        cells = f"{r['kl_mean']:.4f} | {r['perplexity']:.2f} | {r['top1_agreement']:.1%} | {r['seconds']:.0f} | {r['cpu_seconds']:.0f}"
-        lines.append(f"| {r['name']} | {cells} | {memory:.2f} |")
+        cells = f"{r['kl_mean']:.4f} | {r['perplexity']:.2f} | {r['top1_agreement']:.1%}"
+        costs = f"{r['seconds']:.0f} | {r['cpu_seconds']:.0f} | {memory:.2f}"
+        lines.append(f"| {r['name']} | {cells} | {costs} |")
     named = {r["name"]: r for r in rows}
     if PEER in named:
         kl = named[OURS]["kl_mean"] / named[PEER]["kl_mean"]

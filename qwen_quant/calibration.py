@@ -67,9 +67,13 @@ def _read_text(path: Path) -> str:
             f"the calibration file {path} does not exist", next_step="give a .jsonl, .json or text file, or 'bundled'"
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the calibration file {path} cannot be read", str(error), "save it as UTF-8") from error
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"the calibration file {path} cannot be read", error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: line {line} is not UTF-8", error.reason, "save the file as UTF-8") from error
     if not text.strip():
         raise InputError(f"the calibration file {path} is empty", next_step="give a file with text, or 'bundled'")
     return text
@@ -120,7 +124,7 @@ def _json_rows(path: Path, text: str) -> list[_Row]:
             raise InputError(f"{path} does not hold a list", next_step="one JSON list of rows is expected")
         return [_row(path, number, value) for number, value in enumerate(values, 1)]
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold U+2028 and the like
         if line.strip():
             try:
                 value = json.loads(line)

@@ -30,9 +30,9 @@ class Tokenizer:
     @property
     def separator_id(self) -> int | None:
         """Token that ends a document (end of text), or None."""
-        end = self._inner.convert_tokens_to_ids("<|endoftext|>")
-        if isinstance(end, int) and end >= 0 and end != self._inner.unk_token_id:
-            return end
+        end = self._inner.get_vocab().get("<|endoftext|>")  # its id may also be the one of unknown tokens
+        if end is not None:
+            return int(end)
         eos = self._inner.eos_token_id
         return int(eos) if eos is not None else None
 
