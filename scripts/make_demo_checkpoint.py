@@ -9,6 +9,7 @@ to cost perplexity without any download: it is a language model, though a very s
 The learning rate follows elapsed time, so that the cosine always ends when ``--minutes`` does. Data order and initial
 weights are fixed by ``--seed``; the number of steps, hence the weights, depends on the machine.
 The last ``LONG_SHARE`` of the time uses 2048-token windows, for calibration and perplexity at that usual length.
+The shipped weights are two runs: 20 minutes, then 16 more with ``--start`` on the first one's folder.
 The log (standard error) holds the loss curve and the final held-out perplexities.
 """
 
