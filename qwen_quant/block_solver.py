@@ -29,7 +29,7 @@ from qwen_quant.recipe import GPTQConfig
 from qwen_quant.results import LayerStats
 
 CACHE_BYTES = 512 << 20
-BATCH_BYTES = 64 << 20
+BATCH_BYTES = 24 << 20  # below glibc's 32 MiB: freed temporaries are reused instead of faulted in anew
 logger = logging.getLogger(__name__)
 
 
