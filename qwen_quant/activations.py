@@ -51,7 +51,10 @@ class ActivationStore:
         buffer = bytearray((stop - start) * self._row_bytes)
         view, done = memoryview(buffer), 0
         while done < len(buffer):
-            done += os.preadv(self._file, [view[done:]], start * self._row_bytes + done)
+            count = os.preadv(self._file, [view[done:]], start * self._row_bytes + done)
+            if not count:
+                raise OSError("the file of hidden states was truncated while it was in use")
+            done += count
         return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, *self.shape[1:])
 
     def save(self, start: int, values: Tensor) -> None:

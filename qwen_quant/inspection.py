@@ -18,11 +18,11 @@ from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
 from qwen_quant.checkpoint.manifest import MANIFEST_FILE, QUANTIZE_CONFIG_FILE
 from qwen_quant.checkpoint.reader import DTYPE_NAMES, CheckpointReader
 from qwen_quant.errors import InputError
+from qwen_quant.packing import SUFFIXES
 
 TENSOR_PARALLEL = (2, 4, 8)
 MARLIN_IN_MULTIPLE = 128
 MARLIN_OUT_MULTIPLE = 64
-PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -158,7 +158,7 @@ def _linears(spec: ModelSpec, reader: CheckpointReader, bits: int) -> tuple[tupl
         if f"{name}.weight" in reader and len(reader.info(f"{name}.weight").shape) == 2:
             out_features, in_features = reader.info(f"{name}.weight").shape
             found.append(Linear(name, in_features, out_features, quantized=False))
-        elif all(f"{name}.{part}" in reader for part in PACKED_PARTS):
+        elif all(f"{name}.{part}" in reader for part in SUFFIXES):
             words, out_features = reader.info(f"{name}.qweight").shape
             found.append(Linear(name, words * 32 // bits, out_features, quantized=True))
         else:
@@ -168,7 +168,7 @@ def _linears(spec: ModelSpec, reader: CheckpointReader, bits: int) -> tuple[tupl
 
 def _role(spec: ModelSpec, name: str, linears: frozenset[str]) -> str:
     base, _, part = name.rpartition(".")
-    if base in linears and part in PACKED_PARTS:
+    if base in linears and part in SUFFIXES:
         return f"linears: {part}"
     if base in linears and part == "weight":
         return "linears: weight"
@@ -186,7 +186,7 @@ def _classes(spec: ModelSpec, reader: CheckpointReader) -> tuple[TensorClass, ..
     rows: dict[tuple[str, str], list[int]] = {}
     for name in reader.names:
         info, role = reader.info(name), _role(spec, name, linears)
-        packed = role.removeprefix("linears: ") in PACKED_PARTS
+        packed = role.removeprefix("linears: ") in SUFFIXES
         row = rows.setdefault((role, DTYPE_NAMES[info.dtype]), [0, 0, 0])
         row[0] += 1
         row[1] += 0 if packed else math.prod(info.shape)
@@ -197,7 +197,7 @@ def _classes(spec: ModelSpec, reader: CheckpointReader) -> tuple[TensorClass, ..
 def _accounting(
     spec: ModelSpec, reader: CheckpointReader, linears: tuple[Linear, ...], missing: tuple[str, ...]
 ) -> Accounting:
-    explained = {f"{row.name}.{part}" for row in linears for part in (PACKED_PARTS if row.quantized else ("weight",))}
+    explained = {f"{row.name}.{part}" for row in linears for part in (SUFFIXES if row.quantized else ("weight",))}
     reasons = {name: spec.keep_reason(name) for name in reader.names if name not in explained}
     kept = Counter(reason for reason in reasons.values() if reason is not None)
     quantized = sum(row.quantized for row in linears)

@@ -17,12 +17,10 @@ from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, plan_shard
 from qwen_quant.errors import InputError
 from qwen_quant.memory import Footprint, check_fits, footprint, stream_rows
 from qwen_quant.models.skeleton import Skeleton, compute_dtype, expected_tensors
-from qwen_quant.packing import packed_specs
+from qwen_quant.packing import SUFFIXES, packed_specs
 from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
 from qwen_quant.resume import WorkFolder
 from qwen_quant.tokenizer import load_tokenizer
-
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.checkpoint.writer import PlannedWriter
 from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
 from qwen_quant.errors import AuditError, InputError
-from qwen_quant.packing import pack_weight, unpack_weight
+from qwen_quant.packing import SUFFIXES, pack_weight, unpack_weight
 from qwen_quant.plan import PlanEstimate, estimate
-from qwen_quant.preparation import SUFFIXES, Prepared, QuantizeJob, prepare
+from qwen_quant.preparation import Prepared, QuantizeJob, prepare
 from qwen_quant.progress import ProgressFn
 from qwen_quant.results import LayerStats, to_json
 
