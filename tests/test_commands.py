@@ -250,7 +250,14 @@ def test_an_interrupted_run_exits_130_and_resumes(tmp_path: Path, qwen2_folder: 
     command = [sys.executable, "-m", "qwen_quant", "gptq", str(qwen2_folder), "out", *size, "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     run = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job hands down an ignored SIGINT, and these tests may run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 90
     while not (tmp_path / ".out.partial" / "state").exists():
