@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qwen_quant.sequential import QuantizeResult
 
 DEMO_NAME = "demo_checkpoint"
+DEMO_WINDOWS = 24
 OutOption = Annotated[Path, typer.Option("--out", help="folder to write")]
 
 
@@ -56,7 +57,7 @@ def demo(
         )
         made = quantize_checkpoint(options.make_job(recipe, source, out), progress)
         note("comparing it with BF16 on the bundled evaluation text", output)
-        compared = validate_pair(source.path, out, ValidationConfig(), progress)
+        compared = validate_pair(source.path, out, ValidationConfig(max_windows=DEMO_WINDOWS), progress)
     data = {"quantize": to_json(made), "validate": to_json(compared)}
     show(Report("demo", data, report_parts(made, compared)), output)
 
