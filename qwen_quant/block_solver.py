@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qwen_quant.activations import BYTES_PER_VALUE, ActivationStore
 from qwen_quant.checkpoint.families import SubBlock
+from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.gptq import HessianAccumulator, QuantizedWeight, SolveStats, quantize_weight
 from qwen_quant.models.skeleton import CastLinear
 from qwen_quant.recipe import GPTQConfig
@@ -85,6 +86,18 @@ class SolvedLinear:
     name: str
     weight: QuantizedWeight
     stats: LayerStats
+
+
+def embed(reader: CheckpointReader, name: str, ids: Tensor, stores: list[ActivationStore]) -> None:
+    """Write the rows `ids` (int64 [rows, tokens]) of the embedding `name` to every store, as many rows as each has.
+
+    Reads the matrix once and holds one copy of the rows that occur.
+    """
+    unique, places = torch.unique(ids, return_inverse=True)
+    table = reader.gather_rows(name, unique)
+    for store in stores:
+        for row in range(store.shape[0]):
+            store.save(row, table[places[row]].unsqueeze(0))
 
 
 def batch_rows(tokens: int, widest: int) -> int:

@@ -11,7 +11,8 @@ import torch
 from qwen_quant.activations import ActivationStore
 from qwen_quant.block_solver import BlockRun, Stream, quantize_block
 from qwen_quant.memory import Footprint
-from qwen_quant.preparation import Prepared, QuantizeJob, prepare
+from qwen_quant.preparation import Prepared, QuantizeJob, prepare, shared_fetch
+from qwen_quant.units import format_seconds
 
 TIMED_TOKENS = 4096
 
@@ -60,11 +61,12 @@ def _timed_block(ready: Prepared) -> tuple[float, float, int]:
     rows = min(ready.calibration.input_ids.shape[0], max(1, math.ceil(TIMED_TOKENS / tokens)))
     embedding = ready.spec.family.embedding + ".weight"
     hidden = ready.reader.gather_rows(embedding, ready.calibration.input_ids[:rows])
-    streams = []
+    streams, fetch = [], shared_fetch(ready)
     for _ in ready.stream_rows:
         store = ActivationStore((rows, tokens, ready.spec.hidden_size))
         store.save(0, hidden)
-        streams.append(Stream(ready.skeleton.block(0, ready.reader.read), store))
+        streams.append(Stream(ready.skeleton.block(0, fetch), store))
+    del fetch
     context = ready.skeleton.context(0, tokens)
     run = BlockRun(ready.spec.layer_prefix(0), context, ready.skeleton.device, ready.skeleton.dtype, ready.job.gptq)
     started = time.perf_counter()
@@ -107,12 +109,3 @@ def estimate(ready: Prepared) -> PlanEstimate:
     bound = bound_bytes(ready)
     sizes = (host, vram, bound, need.disk_bytes, need.output_bytes, need.hidden_state_bytes)
     return PlanEstimate(*sizes, seconds, block, tokens, lines)
-
-
-def format_seconds(seconds: float) -> str:
-    """ "4 min 05 s" and the like."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

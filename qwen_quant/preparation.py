@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qwen_quant.calibration import CalibrationSet, load_calibration
 from qwen_quant.checkpoint.audit import Accounting, account
 from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
+from qwen_quant.checkpoint.manifest import QUANTIZE_CONFIG_FILE
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, plan_shards
 from qwen_quant.errors import InputError
@@ -110,7 +113,7 @@ def prepare(job: QuantizeJob, *, writing: bool = True) -> Prepared:
     if writing:
         check_output(job.out, force=job.run.force)
     spec = read_model_spec(job.model)
-    if "quantization_config" in spec.config or (job.model / "quantize_config.json").is_file():
+    if "quantization_config" in spec.config or (job.model / QUANTIZE_CONFIG_FILE).is_file():
         raise InputError(
             f"{job.model} is already quantized", next_step="give the BF16 checkpoint that it was made from"
         )
@@ -124,3 +127,22 @@ def prepare(job: QuantizeJob, *, writing: bool = True) -> Prepared:
     if writing:
         check_fits(need)
     return Prepared(job, spec, reader, skeleton, accounting, shards, calibration, need, WorkFolder(job.out.absolute()))
+
+
+def finite(name: str, values: Tensor) -> Tensor:
+    """`values` unchanged (InputError naming the tensor when one is NaN or Inf)."""
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"'{name}' holds NaN or Inf", "a quantized copy would spread it", "fetch the checkpoint again")
+    return values
+
+
+def shared_fetch(ready: Prepared) -> Callable[[str], Tensor]:
+    """fetch() for one block that reads and checks each tensor once, so that two streams share its memory."""
+    read: dict[str, Tensor] = {}
+
+    def fetch(name: str) -> Tensor:
+        if name not in read:
+            read[name] = finite(name, ready.reader.read(name)).to(ready.skeleton.device)
+        return read[name]
+
+    return fetch

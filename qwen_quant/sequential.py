@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from qwen_quant.activations import ActivationStore
-from qwen_quant.block_solver import BlockRun, SolvedLinear, Stream, quantize_block
+from qwen_quant.block_solver import BlockRun, SolvedLinear, Stream, embed, quantize_block
 from qwen_quant.checkpoint.audit import check_kept, check_written, content_sha256
 from qwen_quant.checkpoint.manifest import copy_companions, source_hashes, versions, write_configs, write_manifest
 from qwen_quant.checkpoint.reader import CheckpointReader
@@ -28,11 +25,10 @@ from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.packing import SUFFIXES, pack_weight, unpack_weight
 from qwen_quant.plan import PlanEstimate, estimate
-from qwen_quant.preparation import Prepared, QuantizeJob, prepare
+from qwen_quant.preparation import Prepared, QuantizeJob, finite, prepare, shared_fetch
 from qwen_quant.progress import ProgressFn
 from qwen_quant.results import LayerStats, to_json
 
-EMBED_ROWS = 64
 logger = logging.getLogger(__name__)
 
 
@@ -71,16 +67,10 @@ def _run_identity(ready: Prepared, hashes: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _finite(name: str, values: Tensor) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
-        raise InputError(f"'{name}' holds NaN or Inf", "a quantized copy would spread it", "fetch the checkpoint again")
-    return values
-
-
 def _copy_kept(ready: Prepared, writer: PlannedWriter) -> None:
     for name in ready.accounting.kept:
         for start, part in ready.reader.parts(name):
-            writer.write_bytes(name, start, _finite(name, part))
+            writer.write_bytes(name, start, finite(name, part))
         writer.finish_parts(name)
 
 
@@ -98,10 +88,7 @@ def _first_states(ready: Prepared) -> list[ActivationStore]:
     """Embeddings of the calibration set, one store per stream."""
     ids = ready.calibration.input_ids
     stores = _stores(ready, 0)
-    for store in stores:
-        for start in range(0, store.shape[0], EMBED_ROWS):
-            stop = min(start + EMBED_ROWS, store.shape[0])
-            store.save(start, ready.reader.gather_rows(ready.spec.family.embedding + ".weight", ids[start:stop]))
+    embed(ready.reader, ready.spec.family.embedding + ".weight", ids, stores)
     return stores
 
 
@@ -112,23 +99,11 @@ def _restored_states(ready: Prepared, blocks_done: int) -> list[ActivationStore]
     return stores
 
 
-def _block_fetch(ready: Prepared, layer: int) -> Callable[[str], Tensor]:
-    """fetch() for one block that reads each tensor once, so that two streams share its memory."""
-    read: dict[str, Tensor] = {}
-
-    def fetch(name: str) -> Tensor:
-        if name not in read:
-            read[name] = _finite(name, ready.reader.read(name)).to(ready.skeleton.device)
-        return read[name]
-
-    return fetch
-
-
 def _quantize_layer(
     ready: Prepared, layer: int, states: list[ActivationStore]
 ) -> tuple[list[SolvedLinear], list[ActivationStore]]:
     """Solve block `layer`; returns its linears and the stores of the next hidden states."""
-    fetch = _block_fetch(ready, layer)
+    fetch = shared_fetch(ready)
     streams = [Stream(ready.skeleton.block(layer, fetch), store) for store in states]
     skeleton = ready.skeleton
     context = skeleton.context(layer, ready.calibration.input_ids.shape[1])

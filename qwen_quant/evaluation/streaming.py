@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwen_quant.activations import RAM_LIMIT_BYTES, ActivationStore
-from qwen_quant.block_solver import batch_rows
+from qwen_quant.block_solver import batch_rows, embed
 from qwen_quant.errors import InputError
 from qwen_quant.models.skeleton import Skeleton
 from qwen_quant.progress import ProgressFn
@@ -35,14 +35,6 @@ def _spans(rows: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def _embed(source: WeightSource, windows: Tensor, store: ActivationStore) -> None:
-    """Write the embeddings of `windows`; holds one copy of the rows of the vocabulary that occur."""
-    unique, places = torch.unique(windows, return_inverse=True)
-    table = source.reader.gather_rows(source.spec.family.embedding + ".weight", unique)
-    for row in range(windows.shape[0]):
-        store.save(row, table[places[row]].unsqueeze(0))
-
-
 @torch.no_grad()
 def final_hidden(
     source: WeightSource, skeleton: Skeleton, windows: Tensor, spill: Path, progress: ProgressFn
@@ -60,7 +52,7 @@ def final_hidden(
     """
     rows, tokens = windows.shape
     store = _new_store((rows, tokens, source.spec.hidden_size), spill)
-    _embed(source, windows, store)
+    embed(source.reader, source.spec.family.embedding + ".weight", windows, [store])
     layers = source.spec.num_layers
     step = batch_rows(tokens, int(source.spec.config.get("intermediate_size") or source.spec.hidden_size))
     for layer in range(layers):
