@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from qwen_quant.activations import BYTES_PER_VALUE, ActivationStore
 from qwen_quant.checkpoint.families import SubBlock
 from qwen_quant.checkpoint.reader import CheckpointReader
-from qwen_quant.gptq import HessianAccumulator, QuantizedWeight, SolveStats, quantize_weight
-from qwen_quant.models.skeleton import CastLinear
+from qwen_quant.gptq import QuantizedWeight, SolveStats, quantize_weight
+from qwen_quant.hessian import HessianAccumulator
+from qwen_quant.models.skeleton import CastLinear, StoredLinear, dense_weights
 from qwen_quant.recipe import GPTQConfig
 from qwen_quant.results import LayerStats
 
@@ -34,8 +36,17 @@ BATCH_BYTES = 24 << 20  # below glibc's 32 MiB: freed temporaries are reused ins
 logger = logging.getLogger(__name__)
 
 
-class CodesLinear(nn.Module):
-    """A linear whose weight is kept as codes and dequantized, exactly, each time it runs."""
+class SolveFn(Protocol):
+    """`gptq.quantize_weight`, or a stand-in with its signature."""
+
+    def __call__(
+        self, weight: Tensor, hessian: HessianAccumulator, config: GPTQConfig, *, name: str
+    ) -> tuple[QuantizedWeight, SolveStats]:
+        """Codes and statistics of `weight` [out, in]."""
+
+
+class CodesLinear(StoredLinear):
+    """A linear whose weight is kept as codes and dequantized, exactly."""
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, device: torch.device) -> None:
         super().__init__()
@@ -47,10 +58,9 @@ class CodesLinear(nn.Module):
         )
         self.bias = bias
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[..., in] -> [..., out] in the input's dtype."""
-        bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        return nn.functional.linear(inputs, self.quantized.dequantized().to(inputs.dtype), bias)
+    def densified(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in `dtype`."""
+        return self.quantized.dequantized().to(dtype)
 
 
 @dataclass
@@ -70,6 +80,8 @@ class BlockRun:
         context: keyword arguments of the block's mixer.
         device, dtype: of the forward passes.
         config: the solver's settings.
+        last: no block follows, so nobody needs the hidden states after this one.
+        solve: `quantize_weight`, or what stands in for it while a run is only being timed.
     """
 
     prefix: str
@@ -77,6 +89,8 @@ class BlockRun:
     device: torch.device
     dtype: torch.dtype
     config: GPTQConfig
+    last: bool = False
+    solve: SolveFn = quantize_weight
 
 
 @dataclass(frozen=True)
@@ -184,26 +198,34 @@ class _Half:
     def output_hessian(self) -> HessianAccumulator:
         """Hessian of z; keeps z (rounded to BF16, as the next step will read it) where it fits."""
         hessian = self._hessian(self.tap_width)
-        for span in self.spans:
-            present = self._present(span)
-            values = [_tap(s.block, self.sub, self._states(s, span), self.run.context).bfloat16() for s in present]
-            for store, value in zip(self.taps or [], values, strict=False):
-                store.save(span[0], value)
-            self._add(hessian, values, self._residual(span))
+        with ExitStack() as stack:
+            for stream in self.streams:
+                stack.enter_context(dense_weights(stream.block, self.sub.inputs, self.run.dtype))
+            for span in self.spans:
+                present = self._present(span)
+                values = [_tap(s.block, self.sub, self._states(s, span), self.run.context).bfloat16() for s in present]
+                for store, value in zip(self.taps or [], values, strict=False):
+                    store.save(span[0], value)
+                self._add(hessian, values, self._residual(span))
         return hessian
 
     def advance(self, outputs: list[ActivationStore]) -> None:
         """Write x + output(z) of every stream to `outputs` (which may be the stores x comes from)."""
         for k, stream in enumerate(self.streams):
             linear = stream.block.get_submodule(self.sub.output)
-            for span in (s for s in self.spans if stream in self._present(s)):
-                hidden = self._states(stream, span)
-                if self.taps is None:
-                    tap = _tap(stream.block, self.sub, hidden, self.run.context).bfloat16()
-                else:
-                    tap = self.taps[k].load(*span)
-                outputs[k].save(span[0], hidden + linear(tap.to(self.run.device, self.run.dtype)))
+            used = (self.sub.output,) if self.taps is not None else (*self.sub.inputs, self.sub.output)
+            with dense_weights(stream.block, used, self.run.dtype):
+                for span in (s for s in self.spans if stream in self._present(s)):
+                    hidden = self._states(stream, span)
+                    tap = self._tap_again(k, stream, span, hidden)
+                    outputs[k].save(span[0], hidden + linear(tap.to(self.run.device, self.run.dtype)))
             stream.states = outputs[k]
+
+    def _tap_again(self, k: int, stream: Stream, span: tuple[int, int], hidden: Tensor) -> Tensor:
+        """z of the rows `span`, kept or run again."""
+        if self.taps is not None:
+            return self.taps[k].load(*span)
+        return _tap(stream.block, self.sub, hidden, self.run.context).bfloat16()
 
 
 def _solve_group(
@@ -214,7 +236,7 @@ def _solve_group(
     label = ", ".join(run.prefix + name for name in names)
     weight = torch.cat([module.weight for module in modules])
     started = time.perf_counter()
-    whole, stats = quantize_weight(weight, hessian, run.config, name=label)
+    whole, stats = run.solve(weight, hessian, run.config, name=label)
     seconds = time.perf_counter() - started
     if stats.damp_percent > run.config.damp_percent:
         logger.warning("%s: damping escalated to %g to factor the Hessian", label, stats.damp_percent)
@@ -271,5 +293,6 @@ def quantize_block(
         half = _Half(run, sub, streams)
         solved += _solve_group(run, streams[0].block, sub.inputs, half.input_hessian())
         solved += _solve_group(run, streams[0].block, (sub.output,), half.output_hessian())
-        half.advance(outputs)
+        if not (run.last and sub is sub_blocks[-1]):
+            half.advance(outputs)
     return solved

@@ -28,6 +28,7 @@ from qwen_quant.commands.plan import plan
 from qwen_quant.commands.validate import validate
 from qwen_quant.console import close_stdout, show_error, write_line
 from qwen_quant.errors import InputError, Interrupted, QwenQuantError, UsageError
+from qwen_quant.process import tune_process
 
 COMMANDS = (gptq, validate, inspect, plan, doctor, init, demo)
 DEBUG_VARIABLE = "QWEN_QUANT_DEBUG"
@@ -72,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `qwen-quant`: run one command and leave with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminated)
+    tune_process()
     sys.exit(run(given))
 
 

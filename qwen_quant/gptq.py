@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qwen_quant.errors import InputError
 from qwen_quant.factor import cholesky_, lower_inverse_
 from qwen_quant.grid import Grid, dequantize, find_grid, round_codes
+from qwen_quant.hessian import HessianAccumulator
 from qwen_quant.recipe import GPTQConfig
 
 SOLVE_BLOCK = 128
@@ -77,68 +77,6 @@ class SolveStats:
     row_energy: Tensor
     damp_percent: float
     dead_columns: int
-
-
-class HessianAccumulator:
-    """Sums over batches, in FP32, of X^T X and, for asymmetric calibration, of D^T X and R^T X (see `add`).
-
-    Args:
-        columns: in_features.
-        paired: "none" (one stream), "all" (every token comes with D and R) or "some" (a part of them does; the Gram
-            matrix of that part is then kept as well, because D^T X must be divided by the X^T X of the same tokens).
-        device: where the sums live.
-    """
-
-    def __init__(self, columns: int, paired: str = "none", device: torch.device | None = None) -> None:
-        self.columns, self.device = columns, device or torch.device("cpu")
-        self.tokens, self.paired_tokens = 0, 0
-        self.gram = torch.zeros(columns, columns, device=self.device)
-        self.cross = None if paired == "none" else torch.zeros_like(self.gram)
-        self.paired_gram = torch.zeros_like(self.gram) if paired == "some" else None
-        self.residual: Tensor | None = None
-
-    def add(
-        self,
-        inputs: Tensor,
-        difference: Tensor | None = None,
-        residual: Tensor | None = None,
-        *,
-        token_weights: Tensor | None = None,
-    ) -> None:
-        """Add one batch of tokens.
-
-        Args:
-            inputs: X, FP32 [tokens, in].
-            difference: D = X_full_precision - X, FP32 [tokens, in].
-            residual: R, what the residual stream lacks where the layer's output is added, FP32 [tokens, out].
-            token_weights: FP32 [tokens], how much each token counts (None: all the same).
-        """
-        if token_weights is not None:
-            root = token_weights.sqrt().unsqueeze(1)
-            inputs = inputs * root
-            difference = None if difference is None else difference * root
-            residual = None if residual is None else residual * root
-        product = _gram(inputs)
-        self.gram += product
-        self.tokens += inputs.shape[0]
-        if self.cross is None or difference is None:
-            return
-        self.cross.addmm_(difference.mT, inputs)
-        self.paired_tokens += inputs.shape[0]
-        if self.paired_gram is not None:
-            self.paired_gram += product
-        if residual is not None:
-            if self.residual is None:
-                self.residual = torch.zeros(residual.shape[1], self.columns, device=self.device)
-            self.residual.addmm_(residual.mT, inputs)
-
-
-def _gram(inputs: Tensor) -> Tensor:
-    """X^T X of FP32 [tokens, in]."""
-    if inputs.device.type != "cpu":
-        return inputs.mT @ inputs
-    rows = inputs.contiguous().numpy()
-    return torch.from_numpy(np.dot(rows.T, rows))  # numpy recognizes A^T A and calls BLAS syrk: half the work
 
 
 def _solving_order(diagonal: Tensor, config: GPTQConfig) -> Tensor:
@@ -270,12 +208,7 @@ def quantize_weight(
     step = max(1, ROW_CHUNK_VALUES // weight.shape[1])
     parts = [_quantize_rows(weight, slice(row, row + step), problem) for row in range(0, weight.shape[0], step)]
     losses = torch.cat([losses for _, losses in parts], dim=1)
-    whole = QuantizedWeight(
-        torch.cat([part.codes for part, _ in parts]),
-        torch.cat([part.scales for part, _ in parts]),
-        torch.cat([part.zeros for part, _ in parts]),
-        index.to(torch.int32).cpu(),
-    )
+    whole = _joined([part for part, _ in parts])
     return whole, SolveStats(losses[0], losses[1], losses[2], damp, dead)
 
 
@@ -326,9 +259,7 @@ def _quantize_rows(weight: Tensor, rows: slice, problem: _Problem) -> tuple[Quan
     config, index = problem.config, problem.index
     original = weight[rows].to(problem.gram.device, torch.float32).mT.contiguous()
     target = _target(original, rows, problem)
-    grid = find_grid(original, None, config.bits, config.group_size, config.sym)
-    plain = _consecutive_groups(original.shape[0], config.group_size, original.device)
-    codes = round_codes(original, grid.scales[plain], grid.zeros[plain], grid.max_code)
+    codes, grid, plain = _rounded(original, config)
     rounded = dequantize(codes, grid.scales[plain], grid.zeros[plain])
     rounding_loss = _row_losses(rounded.sub_(target), problem.gram)
     if problem.inverse is not None:
@@ -336,6 +267,22 @@ def _quantize_rows(weight: Tensor, rows: slice, problem: _Problem) -> tuple[Quan
     change = dequantize(codes, grid.scales[index], grid.zeros[index]).sub_(target)
     losses = torch.stack([_row_losses(change, problem.gram), rounding_loss, _row_losses(original, problem.gram)])
     return _pivot(codes, grid, index), losses.cpu()
+
+
+def _rounded(original: Tensor, config: GPTQConfig) -> tuple[Tensor, Grid, Tensor]:
+    """Plain rounding of FP32 [in, out]: codes, their grid, g_idx int64 [in]."""
+    grid = find_grid(original, None, config.bits, config.group_size, config.sym)
+    index = _consecutive_groups(original.shape[0], config.group_size, original.device)
+    return round_codes(original, grid.scales[index], grid.zeros[index], grid.max_code), grid, index
+
+
+def round_weight(weight: Tensor, config: GPTQConfig) -> QuantizedWeight:
+    """Plain rounding of a weight [out, in], in chunks of rows, without looking at any input."""
+    step = max(1, ROW_CHUNK_VALUES // weight.shape[1])
+    parts = []
+    for row in range(0, weight.shape[0], step):
+        parts.append(_pivot(*_rounded(weight[row : row + step].float().mT.contiguous(), config)))
+    return _joined(parts)
 
 
 def _target(original: Tensor, rows: slice, problem: _Problem) -> Tensor:
@@ -377,4 +324,14 @@ def _pivot(codes: Tensor, grid: Grid, index: Tensor) -> QuantizedWeight:
         grid.scales.mT.contiguous().half().cpu(),
         grid.zeros.mT.contiguous().to(torch.uint8).cpu(),
         index.to(torch.int32).cpu(),
+    )
+
+
+def _joined(parts: list[QuantizedWeight]) -> QuantizedWeight:
+    """Chunks of rows of one weight."""
+    return QuantizedWeight(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat([part.zeros for part in parts]),
+        parts[0].g_idx,
     )

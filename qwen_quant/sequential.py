@@ -107,7 +107,8 @@ def _quantize_layer(
     streams = [Stream(ready.skeleton.block(layer, fetch), store) for store in states]
     skeleton = ready.skeleton
     context = skeleton.context(layer, ready.calibration.input_ids.shape[1])
-    run = BlockRun(ready.spec.layer_prefix(layer), context, skeleton.device, skeleton.dtype, ready.job.gptq)
+    last = layer == ready.spec.num_layers - 1
+    run = BlockRun(ready.spec.layer_prefix(layer), context, skeleton.device, skeleton.dtype, ready.job.gptq, last)
     outputs = states if ready.footprint.hidden_in_memory else _stores(ready, layer + 1)
     del fetch
     return quantize_block(run, ready.spec.family.sub_blocks, streams, outputs), outputs
@@ -128,6 +129,8 @@ def _write_layer(ready: Prepared, writer: PlannedWriter, solved: list[SolvedLine
 def _run_blocks(ready: Prepared, writer: PlannedWriter, state: dict[str, Any], progress: ProgressFn) -> dict[str, Any]:
     """Blocks from where `state` stands to the last; returns the final progress record."""
     done = int(state["blocks_done"])
+    if done == ready.spec.num_layers:
+        return state
     states = _restored_states(ready, done) if done else _first_states(ready)
     for layer in range(done, ready.spec.num_layers):
         progress("quantizing blocks", layer, ready.spec.num_layers)
@@ -135,7 +138,8 @@ def _run_blocks(ready: Prepared, writer: PlannedWriter, state: dict[str, Any], p
         solved, outputs = _quantize_layer(ready, layer, states)
         hashes = _write_layer(ready, writer, solved)
         writer.sync()
-        for k, store in enumerate(outputs):
+        last = layer == ready.spec.num_layers - 1
+        for k, store in enumerate([] if last else outputs):
             store.dump(ready.work.hidden_file(k, layer + 1))
         if outputs is not states:
             for store in states:

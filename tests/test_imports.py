@@ -10,9 +10,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "qwen_quant"
 # One row a level; a module may import its own level and those above. A new module needs a place here.
 LEVELS = (
-    ("__init__", "errors", "units", "progress", "recipe", "results", "environment"),
+    ("__init__", "errors", "units", "progress", "recipe", "results", "environment", "process"),
     ("data", "checkpoint", "tokenizer", "calibration"),
-    ("grid", "factor", "gptq", "packing"),
+    ("grid", "factor", "hessian", "gptq", "packing"),
     ("models", "runtime", "activations", "block_solver", "memory", "resume"),
     ("preparation", "plan", "sequential", "evaluation", "inspection", "hub"),
     ("console", "commands", "cli", "__main__"),

@@ -8,7 +8,8 @@ parameters are filled from a `fetch(name) -> Tensor` callable.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,18 +26,53 @@ from qwen_quant.errors import InputError
 Fetch = Callable[[str], Tensor]
 
 
-class CastLinear(nn.Module):
-    """A linear that keeps its weight [out, in] as stored and casts it to the input's dtype when it runs."""
+class StoredLinear(nn.Module):
+    """A linear that keeps its weight in a compact form and makes it dense when it runs.
+
+    `dense_weights` makes it dense once for many runs.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense: Tensor | None = None
+
+    def densified(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in `dtype`."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., in] -> [..., out] in the input's dtype."""
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        weight = self.densified(inputs.dtype) if self.dense is None else self.dense
+        return functional.linear(inputs, weight, bias)
+
+
+class CastLinear(StoredLinear):
+    """A linear that keeps its weight [out, in] as stored and casts it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[..., in] -> [..., out] in the input's dtype."""
-        bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        return functional.linear(inputs, self.weight.to(inputs.dtype), bias)
+    def densified(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in `dtype`."""
+        return self.weight.to(dtype)
+
+
+@contextmanager
+def dense_weights(block: nn.Module, names: Iterable[str], dtype: torch.dtype) -> Iterator[None]:
+    """Hold the linears `names` of the block dense in `dtype` while many batches pass through them."""
+    linears = [linear for linear in map(block.get_submodule, names) if isinstance(linear, StoredLinear)]
+    for linear in linears:
+        linear.dense = linear.densified(dtype)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.dense = None
 
 
 class _Recorder(nn.Module):
