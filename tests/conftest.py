@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.browser import find_chromium
 from tests.support.checkpoints import make_checkpoint
 
 MARKERS = {
@@ -15,6 +16,7 @@ MARKERS = {
     "network": "talks to the real hub: run with -m network",
     "slow": "takes minutes: run with -m slow",
     "interop": "loads artifacts with other tools: run with make interop",
+    "browser": "needs Chromium on the PATH (or its program in QWEN_QUANT_CHROMIUM)",
 }
 
 
@@ -33,6 +35,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _wanted(marker: str, expression: str) -> bool:
+    if marker == "browser":
+        return find_chromium() is not None
     if marker != "gpu":
         return marker in expression
     if importlib.util.find_spec("torch") is None:

@@ -1,0 +1,59 @@
+"""How figures and texts of a report are written for people: digits, percentages, intervals, escaped HTML."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+from qwen_quant.results import Interval
+
+# Control characters are shown as their pictures: a browser would drop them or show nothing.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
+
+
+def escaped(text: str) -> str:
+    """Any text as HTML text or attribute value, its control characters visible."""
+    return escape(text.translate(_PICTURES))
+
+
+def number(value: float) -> str:
+    """Four significant digits: 0.08312, 20.00, 65536; what is not finite is said in words."""
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "minus infinite"
+    if value == 0:
+        return "0"
+    if 1e4 <= abs(value) < 1e12:
+        return f"{value:.0f}"
+    return f"{value:#.3g}" if abs(value) < 1e-4 else f"{value:#.4g}".rstrip(".")
+
+
+def percent(share: float) -> str:
+    """A share of 1 as a percentage with two decimals: 0.9123 -> "91.23%"."""
+    return f"{100 * share:.2f}%" if math.isfinite(share) else number(share)
+
+
+def points(difference: float) -> str:
+    """A difference of two shares in percentage points, with its sign: -0.012 -> "-1.20"."""
+    return f"{100 * difference:+.2f}" if math.isfinite(difference) else number(difference)
+
+
+def whole(count: int) -> str:
+    """A count with commas: 65536 -> "65,536"."""
+    return f"{count:,}"
+
+
+def span(interval: Interval) -> str:
+    """The ends of an interval: "0.08121 to 0.08490"."""
+    return f"{number(interval.low)} to {number(interval.high)}"
+
+
+def percent_span(interval: Interval) -> str:
+    """The ends of an interval of shares: "91.02% to 91.47%"."""
+    return f"{percent(interval.low)} to {percent(interval.high)}"
+
+
+def points_span(interval: Interval) -> str:
+    """The ends of an interval of differences in percentage points: "-2.40 to +0.10"."""
+    return f"{points(interval.low)} to {points(interval.high)}"
