@@ -32,6 +32,8 @@ LAYERS = {"14B": 48, "72B": 80}
 RUN = """
 import json, sys
 from pathlib import Path
+from qwen_quant.process import tune_process
+tune_process()
 from qwen_quant.environment import peak_rss_bytes
 from qwen_quant.plan import bound_bytes
 from qwen_quant.preparation import QuantizeJob, prepare

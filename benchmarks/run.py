@@ -114,7 +114,8 @@ def quality(setting: Setting, out: Path) -> dict[str, Any]:
     """Perplexity, divergence and size of an artifact against the checkpoint."""
     command = [sys.executable, "-m", "qwen_quant", "validate", str(out), "--baseline", str(setting.model), "--json"]
     command += ["--text", str(setting.text), "--window", "1024", "--max-windows", str(setting.windows), "--quiet"]
-    return run_json(command)
+    result: dict[str, Any] = run_json([*command, "--no-smoke"])["texts"][0]
+    return result
 
 
 def timed_sides(setting: Setting, arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -117,23 +117,73 @@ class ValidationConfig:
     """How an artifact is compared with its baseline.
 
     Attributes:
-        text: UTF-8 text to score; None is the bundled evaluation text.
-        window_tokens: length of one window; windows do not overlap.
-        max_windows: score only the first windows; None is all of them.
+        texts: what to score, each "bundled" (English and Chinese), "bundled:en", "bundled:zh", a .txt/.jsonl/.json file
+            ("FILE#field" names the field of its rows), or "hub:org/name[:config[:split[:field]]]".
+        window_tokens: length of one window.
+        stride_tokens: distance between the starts of two windows; 0 is window_tokens, so that windows are disjoint.
+        max_windows: score only the first windows of each text; None is all of them.
+        joining: what stands between two rows of a source that has rows.
+        lengths: window lengths of the long-context table; empty: no table.
+        smoke: run the fixed prompts first.
         device: "auto", "cpu" or "cuda".
+        seed: of every bootstrap.
+        resume: continue a killed run of the same comparison.
     """
 
-    text: Path | None = None
+    texts: tuple[str, ...] = ("bundled",)
     window_tokens: int = 1024
+    stride_tokens: int = 0
     max_windows: int | None = None
+    joining: str = "\n\n"
+    lengths: tuple[int, ...] = ()
+    smoke: bool = True
     device: str = "auto"
+    seed: int = 0
+    resume: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a value outside its range with one InputError that names it."""
+        _require(bool(self.texts), "there is no text to score", "give a file, or bundled")
         _require(self.window_tokens >= 2, f"window_tokens is {self.window_tokens}", "use 2 or more")
+        _require(
+            0 <= self.stride_tokens <= self.window_tokens,
+            f"stride_tokens is {self.stride_tokens}",
+            f"use 1 to {self.window_tokens} (the window), or 0 for disjoint windows",
+        )
         windows = self.max_windows
         _require(windows is None or windows >= 1, f"max_windows is {windows}", "use 1 or more")
+        _require(all(n >= 2 for n in self.lengths), f"lengths are {self.lengths}", "use lengths of 2 tokens or more")
         _require(self.device in DEVICES, f"device is {self.device!r}", f"use one of {DEVICES}")
+
+    @property
+    def stride(self) -> int:
+        """Tokens between the starts of two windows."""
+        return self.stride_tokens or self.window_tokens
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Limits that an artifact must keep to; None is no limit. Each is compared with the unfavourable interval end.
+
+    Attributes:
+        max_kl: largest mean KL divergence, nats per token.
+        max_perplexity_ratio: largest quantized / baseline perplexity.
+        min_top1: least top-1 agreement, 0 to 1.
+        max_task_drop: largest loss of a task's score, 0 to 1.
+    """
+
+    max_kl: float | None = None
+    max_perplexity_ratio: float | None = None
+    min_top1: float | None = None
+    max_task_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a value outside its range with one InputError that names it."""
+        for name in ("max_kl", "max_perplexity_ratio", "max_task_drop"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"{name} is {value}", "use 0 or more")
+        top1 = self.min_top1
+        _require(top1 is None or 0 <= top1 <= 1, f"min_top1 is {top1}", "use a fraction in 0..1, e.g. 0.9")
 
 
 @dataclass(frozen=True)
@@ -145,6 +195,8 @@ class Recipe:
     gptq: GPTQConfig = field(default_factory=GPTQConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    gates: GateConfig = field(default_factory=GateConfig)
 
 
 def parse_size(text: str) -> int:
@@ -163,6 +215,16 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a TOML value may stand where `default` stands (None: an optional number)."""
+    if default is None or isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, tuple):
+        kind = type(default[0]) if default else int
+        return isinstance(value, list) and all(type(item) is kind for item in value)
+    return type(value) is type(default)
+
+
 def _section(table: dict[str, Any], name: str, cls: type, path: Path) -> Any:
     """One TOML table as its frozen config; an unknown key is an error that lists the known ones."""
     values = table.pop(name, {})
@@ -172,14 +234,11 @@ def _section(table: dict[str, Any], name: str, cls: type, path: Path) -> Any:
     for key, value in values.items():
         if key not in known:
             raise InputError(f"{path}: unknown key '{key}' in [{name}]", next_step=f"known keys: {', '.join(known)}")
-        default = known[key].default
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) if isinstance(default, float) else None
-        if right is None:
-            right = type(value) is type(default)
-        if not right:
-            raise InputError(f"{path}: [{name}] {key} = {value!r} is not of type {type(default).__name__}")
+        if not _fits(value, known[key].default):
+            kind = "number" if known[key].default is None else type(known[key].default).__name__
+            raise InputError(f"{path}: [{name}] {key} = {value!r} is not of type {kind}")
     try:
-        return cls(**values)
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except InputError as error:
         raise InputError(f"{path}: [{name}] {error.what}", error.why, error.next_step) from None
 
@@ -197,11 +256,13 @@ def load_recipe(path: Path) -> Recipe:
     gptq = _section(table, "gptq", GPTQConfig, path)
     calibration = _section(table, "calibration", CalibrationConfig, path)
     run = _section(table, "run", RunConfig, path)
+    validation = _section(table, "validation", ValidationConfig, path)
+    gates = _section(table, "gates", GateConfig, path)
     model, out = table.pop("model", None), table.pop("out", None)
     for key, value in (("model", model), ("out", out)):
         if value is not None and not isinstance(value, str):
             raise InputError(f"{path}: {key} = {value!r} is not a string")
     if table:
-        step = "known: model, out, [gptq], [calibration], [run]"
+        step = "known: model, out, [gptq], [calibration], [run], [validation], [gates]"
         raise InputError(f"{path}: unknown key '{next(iter(table))}'", next_step=step)
-    return Recipe(model=model, out=out, gptq=gptq, calibration=calibration, run=run)
+    return Recipe(model, out, gptq, calibration, run, validation, gates)

@@ -18,23 +18,11 @@ import pytest
 
 from qwen_quant import cli, sequential
 from qwen_quant.errors import NetworkError
-from qwen_quant.results import Divergence, LayerStats, PerplexityPair, ValidationResult
+from qwen_quant.results import LayerStats, ValidationResult
 from tests.support.checkpoints import text_file
+from tests.support.reports import make_result
 
-RESULT = ValidationResult(
-    baseline="model",
-    quantized="out",
-    dataset="bundled",
-    dataset_sha256="ab" * 32,
-    window_tokens=1024,
-    windows=3,
-    perplexity=PerplexityPair(baseline=20.0, quantized=21.0, ratio=1.05, tokens=3069),
-    divergence=Divergence(0.08, 0.02, 0.2, 0.9, 3.0, top1_agreement=0.9, tokens=3069),
-    baseline_bytes=4_000_000,
-    quantized_bytes=1_000_000,
-    seconds=2.0,
-    peak_memory_bytes=10**9,
-)
+RESULT = make_result()
 
 
 def stand_in(**values: object) -> object:
@@ -72,7 +60,7 @@ def fake_validation(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]
     """Stand in for the validation stage; returns the list of its calls."""
     calls: list[tuple[object, ...]] = []
 
-    def validate_pair(*arguments: object) -> ValidationResult:
+    def validate_pair(*arguments: object, work: Path | None = None) -> ValidationResult:
         calls.append(arguments)
         return RESULT
 
@@ -99,22 +87,50 @@ def test_validate_prints_the_comparison(
     calls = fake_validation(monkeypatch)
     assert cli.run(["validate", "artifact", "--baseline", "model", "--window", "64", "--max-windows", "3"]) == 0
     text = capsys.readouterr().out
-    for word in ("20.000", "21.000", "0.0800", "90.00%", "3.81 MiB"):
+    for word in ("20.000", "21.000", "0.0800 (0.0700 to 0.0900)", "90.00% (89.00 to 91.00)", "3.81 MiB"):
         assert word in text
     baseline, quantized, config, _ = calls[0]
     assert (baseline, quantized) == (Path("model"), Path("artifact"))
-    assert (config.text, config.window_tokens, config.max_windows, config.device) == (None, 64, 3, "auto")
+    assert (config.texts, config.window_tokens, config.max_windows, config.device) == (("bundled",), 64, 3, "auto")
+    assert json.loads(Path("artifact/report.json").read_text())["quantized"] == "artifact"
+    assert Path("artifact/report.html").is_file() and not Path("artifact/.validate.partial").exists()
+
+
+def test_a_report_is_not_overwritten_without_force(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = fake_validation(monkeypatch)
+    arguments = ["validate", "artifact", "--baseline", "model"]
+    assert cli.run(arguments) == 0
+    assert cli.run(arguments) == 3
+    assert "--force" in capsys.readouterr().err and len(calls) == 1
+    assert cli.run([*arguments, "--force"]) == 0
+    assert cli.run([*arguments, "--report", "elsewhere"]) == 0
+    assert Path("elsewhere/report.json").is_file()
+
+
+def test_the_recipe_holds_gates_and_texts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = fake_validation(monkeypatch)
+    recipe = "model = 'model'\nout = 'artifact'\n[validation]\ntexts = ['a.txt', 'b.txt']\nwindow_tokens = 32\n"
+    Path("qwen-quant.toml").write_text(recipe + "[gates]\nmax_kl = 0.01\n")
+    assert cli.run(["validate", "--window", "16"]) == 4
+    assert (calls[0][2].texts, calls[0][2].window_tokens) == (("a.txt", "b.txt"), 16)
+    assert "max_kl" in capsys.readouterr().err
+    assert cli.run(["validate", "--force", "--override-gates", "a trial"]) == 0
+    assert json.loads(Path("artifact/report.json").read_text())["override_reason"] == "a trial"
+    assert cli.run(["validate", "--force", "--override-gates", " "]) == 2
 
 
 @pytest.mark.parametrize(
     ("options", "failed"),
     [
-        (["--max-kl", "0.08", "--max-perplexity-ratio", "1.05", "--min-top1", "0.9"], []),
-        (["--max-kl", "0.05"], ["KL divergence"]),
-        (["--max-perplexity-ratio", "1.01"], ["perplexity ratio"]),
-        (["--min-top1", "0.95", "--max-kl", "1"], ["top-1 agreement"]),
-        (["--min-top1", "0.95", "--max-kl", "0.01"], ["KL divergence", "top-1 agreement"]),
-        (["--max-kl", "nan"], ["KL divergence"]),
+        (["--max-kl", "0.09", "--max-perplexity-ratio", "1.06", "--min-top1", "0.89"], []),
+        (["--max-kl", "0.085"], ["max_kl"]),
+        (["--max-perplexity-ratio", "1.055"], ["max_perplexity_ratio"]),
+        (["--min-top1", "0.895", "--max-kl", "1"], ["min_top1"]),
+        (["--min-top1", "0.95", "--max-kl", "0.01"], ["max_kl", "min_top1"]),
     ],
 )
 def test_gates_exit_4_and_still_print_the_result(
@@ -125,15 +141,26 @@ def test_gates_exit_4_and_still_print_the_result(
     failed: list[str],
 ) -> None:
     fake_validation(monkeypatch)
-    arguments = ["validate", "artifact", "--baseline", "model", *options]
+    arguments = ["validate", "artifact", "--baseline", "model", "--force", *options]
     assert cli.run([*arguments, "--json"]) == (4 if failed else 0)
     document = json.loads(capsys.readouterr().out)
-    assert document["perplexity"]["ratio"] == 1.05
-    assert document["gates"]["passed"] == (not failed) == ("error" not in document)
+    assert document["texts"][0]["perplexity"]["ratio"] == 1.05
+    assert document["passed"] == (not failed) == ("error" not in document)
+    assert [gate["name"].split()[0] for gate in document["gates"] if not gate["passed"]] == failed
     assert cli.run(arguments) == (4 if failed else 0)
     printed = capsys.readouterr()
     assert "perplexity" in printed.out
     assert all(name in printed.err for name in failed)
+
+
+@pytest.mark.parametrize("options", [["--max-kl", "nan"], ["--max-kl", "-1"], ["--min-top1", "2"], ["--stride", "-1"]])
+def test_limits_out_of_range_exit_3(folder: Path, options: list[str]) -> None:
+    assert cli.run(["validate", "artifact", "--baseline", "model", *options]) == 3
+
+
+@pytest.mark.parametrize("options", [["--max-task-drop", "0.1"], ["--lengths", "1k"], ["--window", "x"]])
+def test_options_that_make_no_sense_exit_2(folder: Path, options: list[str]) -> None:
+    assert cli.run(["validate", "artifact", "--baseline", "model", *options]) == 2
 
 
 def test_gptq_options_override_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +248,7 @@ def test_demo_prints_the_table(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["BF16", "Int4"] in lines
     assert ["size", "3.81", "MiB", "976.6", "KiB"] in lines
-    assert ["top-1", "agreement", "100%", "90.00%"] in lines
+    assert ["top-1", "agreement", "100%", "90.00%", "(89.00", "to", "91.00)"] in lines
 
 
 def test_sigterm_stops_as_ctrl_c_does(

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 
 from qwen_quant.activations import ActivationStore
-from qwen_quant.errors import GateError, InputError
-from qwen_quant.evaluation import streaming, validate
+from qwen_quant.errors import InputError
+from qwen_quant.evaluation import pair, streaming, validate
 from qwen_quant.evaluation.divergence import summarize, token_divergence
-from qwen_quant.evaluation.gates import check_gates
 from qwen_quant.evaluation.perplexity import perplexity_pair, token_losses, windows_of
 from qwen_quant.evaluation.validate import validate_pair
 from qwen_quant.progress import no_progress
@@ -76,11 +75,20 @@ def test_perplexity_by_hand() -> None:
 
 
 def test_windows_are_disjoint_and_the_rest_is_dropped() -> None:
-    assert windows_of(list(range(11)), 4, None).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert windows_of(list(range(11)), 4, 1).tolist() == [[0, 1, 2, 3]]
-    assert windows_of(list(range(11)), 4, 9).shape == (2, 4)
+    assert windows_of(list(range(11)), 4, None).ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert windows_of(list(range(11)), 4, 1).ids.tolist() == [[0, 1, 2, 3]]
+    assert windows_of(list(range(11)), 4, 9).ids.shape == (2, 4)
     with pytest.raises(InputError, match="11 tokens, less than one window of 12"):
         windows_of(list(range(11)), 12, None)
+
+
+def test_sliding_windows_score_every_token_once() -> None:
+    windows = windows_of(list(range(11)), 4, None, 2)
+    assert windows.ids.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 8, 9]]
+    scored = [windows.scored_ids(k) for k in range(4)]
+    assert sum(scored, []) == list(range(1, 10))
+    disjoint = windows_of(list(range(11)), 4, None)
+    assert [disjoint.scored_ids(k) for k in range(2)] == [[1, 2, 3], [5, 6, 7]]
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +104,11 @@ def artifact(qwen2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def compare(baseline: Path, quantized: Path, text: Path, **changes: int) -> ValidationResult:
-    config = ValidationConfig(text, **{"window_tokens": WINDOW, **changes}, device="cpu")
-    return validate_pair(baseline, quantized, config, no_progress)
+    return validate_pair(baseline, quantized, settings_for(text, **changes), no_progress)
+
+
+def settings_for(text: Path | str, **changes: int) -> ValidationConfig:
+    return ValidationConfig((str(text),), **{"window_tokens": WINDOW, **changes}, device="cpu", smoke=False)
 
 
 def whole_model(baseline: Path, quantized: Path, text: Path) -> dict[str, float]:
@@ -119,16 +130,22 @@ def whole_model(baseline: Path, quantized: Path, text: Path) -> dict[str, float]
 
 
 def check_against_whole(result: ValidationResult, expected: dict[str, float]) -> None:
+    row = result.texts[0]
     found = {
-        "kl_mean": result.divergence.kl_mean,
-        "kl_max": result.divergence.kl_max,
-        "top1": result.divergence.top1_agreement,
-        "baseline": result.perplexity.baseline,
-        "quantized": result.perplexity.quantized,
-        "tokens": result.divergence.tokens,
+        "kl_mean": row.divergence.kl_mean,
+        "kl_max": row.divergence.kl_max,
+        "top1": row.divergence.top1_agreement,
+        "baseline": row.perplexity.baseline,
+        "quantized": row.perplexity.quantized,
+        "tokens": row.divergence.tokens,
     }
     assert found == pytest.approx(expected, rel=2e-4)
-    assert result.perplexity.tokens == result.windows * (WINDOW - 1)
+    assert row.tokens == row.perplexity.tokens == row.windows * (WINDOW - 1)
+    for interval, estimate in ((row.kl_mean, found["kl_mean"]), (row.top1_agreement, found["top1"])):
+        assert interval.low <= interval.estimate <= interval.high
+        assert interval.estimate == pytest.approx(estimate)
+    assert row.perplexity_ratio.estimate == pytest.approx(found["quantized"] / found["baseline"])
+    assert sum(mean for _, mean in row.kl_by_position) / len(row.kl_by_position) == pytest.approx(found["kl_mean"])
     assert expected["kl_mean"] > 1e-3, "the two models are too alike to show anything"
 
 
@@ -137,7 +154,11 @@ def test_streams_agree_with_whole_models(qwen2_folder: Path, artifact: Path, tex
     check_against_whole(result, whole_model(qwen2_folder, artifact, text))
     assert result.baseline_bytes > result.quantized_bytes > 0
     assert result.peak_memory_bytes > 0 and result.seconds > 0
-    assert (result.dataset, result.dataset_sha256) == (str(text), hashlib.sha256(text.read_bytes()).hexdigest())
+    row = result.texts[0]
+    assert (row.dataset, row.dataset_sha256) == (str(text), hashlib.sha256(text.read_bytes()).hexdigest())
+    # The tokenizer of the test checkpoints has one token a byte.
+    assert row.bits_per_byte_baseline == pytest.approx(math.log2(row.perplexity.baseline))
+    assert (result.baseline_kind, result.quantized_kind) == ("16-bit", "gptq 4 bit")
 
 
 def test_an_untied_sharded_qwen3_and_the_reverse_pair(qwen3_folder: Path, tmp_path: Path, text: Path) -> None:
@@ -151,22 +172,87 @@ def test_the_baseline_may_be_the_quantized_one(qwen2_folder: Path, artifact: Pat
 
 def test_a_model_is_at_distance_zero_of_itself(qwen2_folder: Path, artifact: Path, text: Path) -> None:
     for folder in (qwen2_folder, artifact):
-        result = compare(folder, folder, text, max_windows=2)
-        assert (result.divergence.kl_max, result.divergence.kl_mean) == (0.0, 0.0)
-        assert (result.divergence.top1_agreement, result.perplexity.ratio, result.windows) == (1.0, 1.0, 2)
+        row = compare(folder, folder, text, max_windows=2).texts[0]
+        assert (row.divergence.kl_max, row.divergence.kl_mean) == (0.0, 0.0)
+        assert (row.divergence.top1_agreement, row.perplexity.ratio, row.windows) == (1.0, 1.0, 2)
 
 
-def test_chunks_tiles_batches_and_spilling_change_nothing(
+def test_unusual_pairs_are_warned_about(qwen2_folder: Path, artifact: Path, text: Path) -> None:
+    usual = compare(qwen2_folder, artifact, text, max_windows=1)
+    assert usual.warnings == ("the smoke prompts were not run",)
+    odd = compare(artifact, qwen2_folder, text, max_windows=1)
+    assert "is itself quantized (gptq 4 bit)" in odd.warnings[0] and "is not quantized" in odd.warnings[1]
+
+
+def test_sliding_windows_agree_with_whole_models(qwen2_folder: Path, artifact: Path, text: Path) -> None:
+    """Every token once, in the first window that holds it; computed here token by token."""
+    row = compare(qwen2_folder, artifact, text, stride_tokens=16, max_windows=3).texts[0]
+    ids = torch.tensor(validate.load_tokenizer(qwen2_folder).encode(text.read_text()))[: WINDOW + 32]
+    with torch.no_grad():
+        logits = [
+            load_model(f, dtype=torch.float64)(ids.unfold(0, WINDOW, 16)).logits for f in (qwen2_folder, artifact)
+        ]
+    losses: list[list[float]] = [[], []]
+    for token in range(1, len(ids)):
+        window = max(0, -(-(token + 1 - WINDOW) // 16))
+        for values, model in zip(losses, logits, strict=True):
+            log_probs = model[window, token - 1 - 16 * window].log_softmax(-1)
+            values.append(-float(log_probs[ids[token]]))
+    expected = [math.exp(sum(values) / len(values)) for values in losses]
+    assert [row.perplexity.baseline, row.perplexity.quantized] == pytest.approx(expected, rel=1e-4)
+    assert (row.tokens, row.windows, row.stride_tokens) == (WINDOW + 31, 3, 16)
+
+
+def test_long_context_table(qwen2_folder: Path, artifact: Path, text: Path) -> None:
+    result = compare(qwen2_folder, artifact, text, lengths=(16, 32, 96, 100_000))
+    assert [(row.window_tokens, row.windows) for row in result.by_length] == [(16, 24), (32, 12), (96, 4)]
+    assert any("no row for 100000" in warning for warning in result.warnings)
+    alone = compare(qwen2_folder, artifact, text, window_tokens=32, max_windows=12).texts[0]
+    assert result.by_length[1].quantized == pytest.approx(alone.perplexity.quantized, rel=1e-5)
+
+
+def test_a_length_beyond_the_model_is_measured_and_said(qwen2_folder: Path, tmp_path: Path, text: Path) -> None:
+    shutil.copytree(qwen2_folder, tmp_path / "short")
+    change_config(tmp_path / "short", max_position_embeddings=32)
+    with pytest.raises(InputError, match="a window of 48 tokens is longer .*: its config.json says 32"):
+        compare(tmp_path / "short", tmp_path / "short", text)
+    result = compare(tmp_path / "short", tmp_path / "short", text, window_tokens=32, lengths=(64,), max_windows=2)
+    assert result.by_length[0].windows == 2
+    assert any("64 tokens are beyond the 32" in warning for warning in result.warnings)
+
+
+def test_a_killed_run_continues(
+    qwen2_folder: Path, artifact: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair, "ROUND_TOKENS", 2 * WINDOW)
+    expected, work = compare(qwen2_folder, artifact, text), tmp_path / "work"
+
+    def killed(label: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        validate_pair(qwen2_folder, artifact, settings_for(text), killed, work=work)
+    kept = {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
+    assert len(kept) == 2
+    with pytest.raises(InputError, match="window_tokens was 48, is now 24"):
+        validate_pair(qwen2_folder, artifact, settings_for(text, window_tokens=24), no_progress, work=work)
+    again = validate_pair(qwen2_folder, artifact, settings_for(text), no_progress, work=work)
+    assert {name: (work / name).stat().st_mtime_ns for name in kept} == kept
+    assert again.texts == expected.texts
+
+
+def test_chunks_tiles_batches_and_rounds_change_nothing(
     qwen2_folder: Path, artifact: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = compare(qwen2_folder, artifact, text)
-    monkeypatch.setattr(validate, "CHUNK_POSITIONS", 7)
+    monkeypatch.setattr(pair, "CHUNK_POSITIONS", 7)
+    monkeypatch.setattr(pair, "ROUND_TOKENS", 3 * WINDOW)
     monkeypatch.setattr(streaming, "HEAD_TILE_BYTES", 4 * 128 * 50)
-    monkeypatch.setattr(streaming, "batch_rows", lambda tokens, widest: 3)
-    monkeypatch.setattr(streaming, "RAM_LIMIT_BYTES", 0)
+    monkeypatch.setattr(streaming, "batch_rows", lambda tokens, widest: 2)
     found = compare(qwen2_folder, artifact, text)
     for part in ("divergence", "perplexity"):
-        left, right = (dataclasses.asdict(getattr(r, part)) for r in (expected, found))
+        left, right = (dataclasses.asdict(getattr(r.texts[0], part)) for r in (expected, found))
         assert left == pytest.approx(right, rel=1e-4, abs=1e-7)
 
 
@@ -180,7 +266,7 @@ def test_no_more_than_one_chunk_of_logits_exists(
         sizes.append(hidden.shape[0])
         return original(self, hidden)
 
-    monkeypatch.setattr(validate, "CHUNK_POSITIONS", 16)
+    monkeypatch.setattr(pair, "CHUNK_POSITIONS", 16)
     monkeypatch.setattr(streaming.Head, "logits", counted)
     compare(qwen2_folder, artifact, text, max_windows=1)
     assert sizes == [16] * 6
@@ -188,13 +274,9 @@ def test_no_more_than_one_chunk_of_logits_exists(
 
 def test_progress_ends_complete(qwen2_folder: Path, artifact: Path, text: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    config = ValidationConfig(text, WINDOW, 2, "cpu")
-    validate_pair(qwen2_folder, artifact, config, lambda *step: seen.append(step))
-    assert [step for step in seen if step[1] == step[2]] == [
-        (f"evaluating {qwen2_folder.name}", 2, 2),
-        ("evaluating int4", 2, 2),
-        ("comparing logits", 2, 2),
-    ]
+    validate_pair(qwen2_folder, artifact, settings_for(text, max_windows=2), lambda *step: seen.append(step))
+    assert [done for _, done, _ in seen] == [*range(1, 7), 6]  # 2 blocks of 2 models, 2 windows, and the end
+    assert {total for _, _, total in seen} == {6}
 
 
 def test_equal_heads_are_held_once(qwen2_folder: Path, artifact: Path) -> None:
@@ -257,9 +339,10 @@ def test_texts_that_cannot_be_used(qwen2_folder: Path, tmp_path: Path, content: 
         compare(qwen2_folder, qwen2_folder, path)
 
 
-def test_the_bundled_text_is_the_default(qwen2_folder: Path) -> None:
-    result = validate_pair(qwen2_folder, qwen2_folder, ValidationConfig(None, 16, 1, "cpu"), no_progress)
-    assert result.dataset == "bundled:demo_eval.txt"
+def test_the_bundled_texts_are_the_default(qwen2_folder: Path) -> None:
+    config = ValidationConfig(window_tokens=16, max_windows=1, device="cpu", smoke=False)
+    result = validate_pair(qwen2_folder, qwen2_folder, config, no_progress)
+    assert [row.dataset for row in result.texts] == ["bundled:en", "bundled:zh"]
 
 
 def test_stores_in_fp32_keep_every_bit(tmp_path: Path) -> None:
@@ -270,25 +353,3 @@ def test_stores_in_fp32_keep_every_bit(tmp_path: Path) -> None:
         store.save(2, values[2:])
         assert torch.equal(store.load(0, 3), values) and store.nbytes == 240
         store.close()
-
-
-def result_with(kl: float, ratio: float, top1: float) -> ValidationResult:
-    divergence = summarize(torch.tensor([kl], dtype=torch.float64), torch.tensor([True]))
-    pair = perplexity_pair(torch.tensor([0.0]), torch.tensor([ratio]).log())
-    return ValidationResult(
-        "base", "quant", "text", "", 8, 1, pair, dataclasses.replace(divergence, top1_agreement=top1), 1, 1, 0.0, 0
-    )
-
-
-def test_gates() -> None:
-    good = result_with(0.05, 1.02, 0.9)
-    check_gates(good)
-    check_gates(good, max_kl=0.05, max_perplexity_ratio=1.03, min_top1=0.9)
-    with pytest.raises(GateError) as caught:
-        check_gates(good, max_kl=0.01, max_perplexity_ratio=1.5, min_top1=0.95)
-    assert caught.value.exit_code == 4
-    assert caught.value.why == "KL divergence 0.05 is above 0.01; top-1 agreement 0.9 is below 0.95"
-    with pytest.raises(GateError, match="perplexity ratio 1.02 is above 1.01"):
-        check_gates(good, max_perplexity_ratio=1.01)
-    with pytest.raises(GateError, match="nan"):
-        check_gates(result_with(math.nan, 1.0, 1.0), max_kl=0.1)

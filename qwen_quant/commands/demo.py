@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen_quant.commands import options
-from qwen_quant.commands.validate import comparison_table
+from qwen_quant.commands.validate_report import comparison_table
 from qwen_quant.console import Output, Report, Table, note, running, show
 from qwen_quant.hub.download import ModelSource
 from qwen_quant.recipe import CalibrationConfig, GPTQConfig, Recipe, RunConfig, ValidationConfig
@@ -57,13 +57,15 @@ def demo(
         )
         made = quantize_checkpoint(options.make_job(recipe, source, out), progress)
         note("comparing it with BF16 on the bundled evaluation text", output)
-        compared = validate_pair(source.path, out, ValidationConfig(max_windows=DEMO_WINDOWS), progress)
+        compared = validate_pair(
+            source.path, out, ValidationConfig(texts=("bundled:en",), max_windows=DEMO_WINDOWS, smoke=False), progress
+        )
     data = {"quantize": to_json(made), "validate": to_json(compared)}
     show(Report("demo", data, report_parts(made, compared)), output)
 
 
 def report_parts(made: QuantizeResult, compared: ValidationResult) -> tuple[str | Table, ...]:
     """The BF16 / Int4 table and the two times."""
-    rows = comparison_table(compared).rows
+    rows = comparison_table(compared, compared.texts[0]).rows
     times = f"quantized in {format_seconds(made.seconds)}, compared in {format_seconds(compared.seconds)}"
     return (Table("", ("", "BF16", "Int4"), rows), f"{times}; artifact: {made.out}")

@@ -46,6 +46,21 @@ device = "auto"                  # "auto", "cpu" or "cuda"
 max_shard_size = "2GB"           # largest file to write
 resume = true                    # continue an unfinished run
 force = false                    # true: replace an existing output, once the new one is complete
+
+[validation]
+texts = ["bundled"]              # files, "FILE.jsonl#field", "hub:org/name:config:split:field", "bundled:en"
+window_tokens = 1024             # tokens per window
+stride_tokens = 0                # tokens between window starts; 0: disjoint windows
+joining = "\\n\\n"                 # between two rows of a data set
+lengths = []                     # window lengths of the long-context table, e.g. [1024, 2048, 4096]
+smoke = true                     # fixed prompts first
+seed = 0                         # of every bootstrap
+
+[gates]                          # each compares the unfavourable end of the 95% interval
+# max_kl = 0.1                   # mean KL divergence, nats per token
+# max_perplexity_ratio = 1.03    # quantized / baseline
+# min_top1 = 0.9                 # top-1 agreement
+# max_task_drop = 0.02           # loss of any task's score
 """
 
 

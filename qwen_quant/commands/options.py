@@ -15,7 +15,17 @@ import typer
 from qwen_quant.console import Output, note
 from qwen_quant.errors import UsageError
 from qwen_quant.hub.download import ModelSource, resolve_model
-from qwen_quant.recipe import RECIPE_NAME, CalibrationConfig, GPTQConfig, Recipe, RunConfig, load_recipe, parse_size
+from qwen_quant.recipe import (
+    RECIPE_NAME,
+    CalibrationConfig,
+    GateConfig,
+    GPTQConfig,
+    Recipe,
+    RunConfig,
+    ValidationConfig,
+    load_recipe,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from qwen_quant.preparation import QuantizeJob
@@ -91,7 +101,7 @@ Force = Annotated[bool, typer.Option("--force", help="replace what is there, onc
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print the result and errors only")]
 
-Config = TypeVar("Config", GPTQConfig, CalibrationConfig, RunConfig)
+Config = TypeVar("Config", GPTQConfig, CalibrationConfig, RunConfig, ValidationConfig, GateConfig)
 
 
 def project_recipe(output: Output) -> Recipe:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qwen_quant.commands import options
-from qwen_quant.console import Output, Report, Table, running, show
-from qwen_quant.errors import GateError
-from qwen_quant.recipe import ValidationConfig
+from qwen_quant.commands.validate_report import report_parts
+from qwen_quant.console import Output, Report, note, running, show
+from qwen_quant.errors import GateError, InputError
+from qwen_quant.recipe import GateConfig, ValidationConfig
 from qwen_quant.results import ValidationResult, to_json
-from qwen_quant.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from qwen_quant.evaluation.tasks import TaskRun
+    from qwen_quant.progress import ProgressFn
+
+LONG_CONTEXT_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
+WORK_FOLDER = ".validate.partial"
+REPORT_FILE = "report.json"
 
 Quantized = Annotated[
     str | None, typer.Argument(metavar="OUT", help="quantized folder or hub id (out in qwen-quant.toml)")
@@ -21,90 +31,210 @@ Baseline = Annotated[
     str | None, typer.Option("--baseline", metavar="MODEL", help="what it was made from (model in qwen-quant.toml)")
 ]
 Text = Annotated[
-    str,
-    typer.Option("--text", metavar="FILE|bundled", help="UTF-8 text to score, or the bundled one", show_default=True),
+    list[str] | None,
+    typer.Option(
+        "--text",
+        metavar="FILE|bundled|hub:...",
+        help="what to score, may be repeated: a .txt file, FILE.jsonl#field, hub:org/name:config:split:field, "
+        "bundled:en, bundled:zh (bundled: both)",
+    ),
 ]
-Window = Annotated[int, typer.Option("--window", help="tokens per window; windows do not overlap")]
-MaxWindows = Annotated[int | None, typer.Option("--max-windows", help="score only the first windows (all)")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="where to compute")]
+Window = Annotated[int | None, typer.Option("--window", help="tokens per window (1024)")]
+Stride = Annotated[int | None, typer.Option("--stride", help="tokens between window starts (the window: disjoint)")]
+MaxWindows = Annotated[int | None, typer.Option("--max-windows", help="score only the first windows of a text (all)")]
+Joining = Annotated[str | None, typer.Option("--join", help="what stands between two rows of a data set (blank line)")]
+LongContext = Annotated[
+    bool, typer.Option("--long-context", help="add the table of perplexity at 1024, 2048, ... 32768 tokens")
+]
+Lengths = Annotated[str | None, typer.Option("--lengths", metavar="N,N,...", help="the same table at these lengths")]
+Device = Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option("--device", help="where to compute (auto)")]
+Seed = Annotated[int | None, typer.Option("--seed", help="of every bootstrap (0)")]
+Smoke = Annotated[
+    bool | None, typer.Option("--smoke/--no-smoke", help="run fixed prompts first (smoke)", show_default=False)
+]
+Tasks = Annotated[
+    str | None, typer.Option("--tasks", metavar="NAME,...", help="benchmark tasks: mmlu, ceval, cmmlu, gsm8k, ...")
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", metavar="qwen-base|qwen-chat", help="the tasks and shots of the Qwen cards")
+]
+TasksDir = Annotated[list[Path] | None, typer.Option("--tasks-dir", help="folder of your own task files")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="where task data lies for use without network")]
+Limit = Annotated[int | None, typer.Option("--limit", help="only the first items of each task (all)")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code-execution", help="let code that the model wrote run, in a sandboxed process")
+]
 MaxKl = Annotated[float | None, typer.Option("--max-kl", help="gate: largest mean KL divergence, nats per token")]
 MaxRatio = Annotated[
     float | None, typer.Option("--max-perplexity-ratio", help="gate: largest perplexity ratio, quantized / baseline")
 ]
 MinTop1 = Annotated[float | None, typer.Option("--min-top1", help="gate: least top-1 agreement, 0 to 1")]
+MaxTaskDrop = Annotated[float | None, typer.Option("--max-task-drop", help="gate: largest loss of a task, 0 to 1")]
+Override = Annotated[
+    str | None, typer.Option("--override-gates", metavar="REASON", help="accept failed gates; the reason is recorded")
+]
+ReportFolder = Annotated[
+    Path | None, typer.Option("--report", metavar="DIR", help="where report.json and report.html go (OUT)")
+]
 
 
 def validate(
     quantized: Quantized = None,
     baseline: Baseline = None,
-    text: Text = "bundled",
-    window: Window = 1024,
+    text: Text = None,
+    window: Window = None,
+    stride: Stride = None,
     max_windows: MaxWindows = None,
-    device: Device = "auto",
+    join: Joining = None,
+    long_context: LongContext = False,
+    lengths: Lengths = None,
+    device: Device = None,
+    seed: Seed = None,
+    smoke: Smoke = None,
+    tasks: Tasks = None,
+    preset: Preset = None,
+    tasks_dir: TasksDir = None,
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    allow_code_execution: AllowCode = False,
     max_kl: MaxKl = None,
     max_perplexity_ratio: MaxRatio = None,
     min_top1: MinTop1 = None,
+    max_task_drop: MaxTaskDrop = None,
+    override_gates: Override = None,
+    report: ReportFolder = None,
+    resume: options.Resume = None,
+    force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare a quantized folder with its baseline: perplexity of both, KL divergence, top-1 agreement.
+    """Is a quantized folder good enough to release? Compare it with its baseline on the same texts and tasks.
 
-    The exit code is 4 when a gate fails; the result is printed all the same.
+    Smoke prompts, perplexity, KL divergence and top-1 agreement, each with a 95% interval; with --tasks or --preset
+    benchmark scores too. Writes report.json and report.html. A gate compares the unfavourable end of the interval; when
+    one fails, the exit code is 4 and everything is printed and written all the same.
 
     \b
     Examples:
       qwen-quant validate ./Qwen2.5-0.5B-Int4 --baseline ./Qwen2.5-0.5B
-      qwen-quant validate ./out --baseline Qwen/Qwen3-0.6B --text wiki.test.txt --window 1024 --max-windows 16
+      qwen-quant validate ./out --baseline Qwen/Qwen3-0.6B --text wiki.test.txt --window 2048 --stride 512
       qwen-quant validate ./out --baseline ./model --max-kl 0.1 --min-top1 0.85 --json
+      qwen-quant validate ./out --baseline ./model --preset qwen-base --data-dir ./hub --limit 200
+      qwen-quant validate ./out --baseline ./model --long-context --text book.txt --max-windows 1
     """
     output = Output(json=json, quiet=quiet)
-    config = ValidationConfig(None if text == "bundled" else Path(text), window, max_windows, device)
     recipe = options.project_recipe(output)
+    table = _lengths(long_context, lengths)
+    config = options.override(
+        recipe.validation,
+        texts=tuple(text) if text else None,
+        window_tokens=window,
+        stride_tokens=stride,
+        max_windows=max_windows,
+        joining=join,
+        lengths=table,
+        smoke=smoke,
+        device=device,
+        seed=seed,
+        resume=resume,
+    )
+    limits = {
+        "max_kl": max_kl,
+        "max_perplexity_ratio": max_perplexity_ratio,
+        "min_top1": min_top1,
+        "max_task_drop": max_task_drop,
+    }
+    gates = options.override(recipe.gates, **limits)
+    if override_gates is not None and not override_gates.strip():
+        raise typer.BadParameter("a reason is required", param_hint="'--override-gates'")
     target_name = options.required(quantized or recipe.out, "out")
     if not (baseline or recipe.model):
         raise typer.BadParameter("it is required: the checkpoint OUT was made from", param_hint="'--baseline'")
+    wanted = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     target = options.find_model(target_name, output)
     source = options.find_model(baseline or options.required(recipe.model, "model"), output)
+    folder = report or (target.path if target.revision is None else Path(f"{target.path.name}-report"))
+    work = _prepare_report(folder, force=force)
+    run = None
+    if wanted or preset:
+        from qwen_quant.evaluation.tasks import TaskRun
 
-    from qwen_quant.evaluation.gates import check_gates
+        run = TaskRun(
+            tasks=wanted,
+            preset=preset,
+            tasks_dirs=tuple(tasks_dir or ()),
+            limit=limit,
+            allow_code_execution=allow_code_execution,
+            seed=config.seed,
+            work=work,
+            data_dir=data_dir,
+        )
+    elif max_task_drop is not None:
+        raise typer.BadParameter("it needs --tasks or --preset", param_hint="'--max-task-drop'")
+    with running(output) as progress:
+        result = measure((source.path, target.path), config, run, progress, work=work)
+    _finish(result, gates, (folder, work), output, override_gates or "")
+
+
+def _lengths(long_context: bool, lengths: str | None) -> tuple[int, ...] | None:
+    """The lengths of the long-context table; None where the command line says nothing."""
+    if lengths is None:
+        return LONG_CONTEXT_TOKENS if long_context else None
+    try:
+        return tuple(int(part) for part in lengths.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"'{lengths}' is not a list of numbers", param_hint="'--lengths'") from None
+
+
+def _prepare_report(folder: Path, *, force: bool) -> Path:
+    """The work folder of a report in `folder` (InputError when a report is there already)."""
+    if (folder / REPORT_FILE).exists() and not force:
+        raise InputError(
+            f"{folder / REPORT_FILE} exists", next_step="add --force to replace it, or give another place: --report DIR"
+        )
+    return folder / WORK_FOLDER
+
+
+def measure(
+    pair: tuple[Path, Path], config: ValidationConfig, run: TaskRun | None, progress: ProgressFn, *, work: Path
+) -> ValidationResult:
+    """validate_pair on (baseline, quantized) and then the tasks, on both models."""
     from qwen_quant.evaluation.validate import validate_pair
 
-    with running(output) as progress:
-        result = validate_pair(source.path, target.path, config, progress)
+    if run is not None:
+        from qwen_quant.evaluation.tasks import check_tasks
+
+        check_tasks(run)
+    result = validate_pair(*pair, config, progress, work=work)
+    if run is None or any(case.failures for case in result.smoke):
+        return result
+    from qwen_quant.evaluation.tasks import pair_tasks, run_tasks
+    from qwen_quant.preparation import resolve_device
+
+    device = resolve_device(config.device)
+    first, second = (run_tasks(folder, run, device, progress) for folder in pair)
+    warnings = {text: None for scores in (first, second) for task in scores.values() for text in task.warnings}
+    return dataclasses.replace(
+        result, tasks=pair_tasks(first, second, config.seed), warnings=result.warnings + tuple(warnings)
+    )
+
+
+def _finish(
+    result: ValidationResult, gates: GateConfig, places: tuple[Path, Path], output: Output, reason: str
+) -> None:
+    """Gates, files, what is printed, exit code; `places` are the report's folder and the work folder."""
+    from qwen_quant.evaluation.gates import check_gates, with_gates
+    from qwen_quant.evaluation.report import write_report
+
+    result = with_gates(result, gates, reason)
+    data, page = write_report(result, places[0])
+    shutil.rmtree(places[1], ignore_errors=True)
     error: GateError | None = None
     try:
-        check_gates(result, max_kl, max_perplexity_ratio, min_top1)
+        check_gates(result)
     except GateError as failed:
         error = failed
-    limits = {"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio, "min_top1": min_top1}
-    gates = {"limits": limits, "passed": error is None}
-    show(Report("validate", {**to_json(result), "gates": gates}, report_parts(result)), output, error)
+    note(f"report: {data} and {page}", output)
+    show(Report("validate", {**to_json(result), "passed": error is None}, report_parts(result)), output, error)
     if error is not None:
         raise typer.Exit(error.exit_code)
-
-
-def report_parts(result: ValidationResult) -> tuple[str | Table, ...]:
-    """The comparison as people read it, with its protocol in the line above."""
-    protocol = (
-        f"{result.dataset} (sha256 {result.dataset_sha256[:16]}): {result.windows} windows of "
-        f"{result.window_tokens} tokens, {result.perplexity.tokens} scored; "
-        f"{format_seconds(result.seconds)}, peak {format_bytes(result.peak_memory_bytes)}"
-    )
-    divergence = result.divergence
-    tail = (
-        f"KL divergence per token: median {divergence.kl_median:.4g}, p90 {divergence.kl_p90:.4g}, "
-        f"p99 {divergence.kl_p99:.4g}, max {divergence.kl_max:.4g}"
-    )
-    return (protocol, comparison_table(result), tail)
-
-
-def comparison_table(result: ValidationResult) -> Table:
-    """Baseline and quantized side by side: size, perplexity, KL divergence, top-1 agreement."""
-    pair, divergence = result.perplexity, result.divergence
-    rows = (
-        ("size", format_bytes(result.baseline_bytes), format_bytes(result.quantized_bytes)),
-        ("perplexity", f"{pair.baseline:.3f}", f"{pair.quantized:.3f}"),
-        ("KL divergence", "0", f"{divergence.kl_mean:.4f}"),
-        ("top-1 agreement", "100%", f"{100 * divergence.top1_agreement:.2f}%"),
-    )
-    return Table("", ("", "baseline", "quantized"), rows)

@@ -7,27 +7,19 @@ weights are cast to FP32 as they are used; quantized ones are dequantized in FP3
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from qwen_quant.activations import RAM_LIMIT_BYTES, ActivationStore
+from qwen_quant.activations import ActivationStore
 from qwen_quant.block_solver import batch_rows, embed
 from qwen_quant.errors import InputError
-from qwen_quant.models.skeleton import Skeleton
-from qwen_quant.progress import ProgressFn
+from qwen_quant.models.skeleton import Skeleton, StoredLinear, dense_weights
 from qwen_quant.runtime.loading import WeightSource
 
 HEAD_TILE_BYTES = 64 << 20
-
-
-def _new_store(shape: tuple[int, int, int], spill: Path) -> ActivationStore:
-    """An FP32 store, in the folder `spill` when it is larger than a quarter of the limit for memory, or in memory."""
-    nbytes = shape[0] * shape[1] * shape[2] * 4
-    return ActivationStore(shape, None if nbytes <= RAM_LIMIT_BYTES // 4 else spill, torch.float32)
 
 
 def _spans(rows: int, step: int) -> Iterator[tuple[int, int]]:
@@ -37,7 +29,7 @@ def _spans(rows: int, step: int) -> Iterator[tuple[int, int]]:
 
 @torch.no_grad()
 def final_hidden(
-    source: WeightSource, skeleton: Skeleton, windows: Tensor, spill: Path, progress: ProgressFn
+    source: WeightSource, skeleton: Skeleton, windows: Tensor, on_block: Callable[[], None]
 ) -> ActivationStore:
     """Hidden states in front of the final norm, FP32 [windows, tokens, hidden], reading one block at a time.
 
@@ -45,28 +37,30 @@ def final_hidden(
         source: the model's weights.
         skeleton: of the same ModelSpec, with dtype FP32.
         windows: int64 [windows, tokens].
-        spill: a file to hold the states where they are too large for memory.
-        progress: called after every block.
+        on_block: called after every block.
 
     Errors: InputError when a hidden state is not finite, with the block named.
     """
     rows, tokens = windows.shape
-    store = _new_store((rows, tokens, source.spec.hidden_size), spill)
+    store = ActivationStore((rows, tokens, source.spec.hidden_size), dtype=torch.float32)
     embed(source.reader, source.spec.family.embedding + ".weight", windows, [store])
-    layers = source.spec.num_layers
     step = batch_rows(tokens, int(source.spec.config.get("intermediate_size") or source.spec.hidden_size))
-    for layer in range(layers):
-        progress(f"evaluating {source.folder.name}", layer, layers)
+    for layer in range(source.spec.num_layers):
         block, context = skeleton.block(layer, source.dense), skeleton.context(layer, tokens)
-        for span in _spans(rows, step):
-            out = block(store.load(*span).to(skeleton.device), **context)
-            out = out[0] if isinstance(out, tuple) else out
-            if not bool(torch.isfinite(out).all()):
-                raise InputError(f"{source.folder}: the hidden states after block {layer} are not finite")
-            store.save(span[0], out)
+        with dense_weights(block, _linears(block), torch.float32):
+            for span in _spans(rows, step):
+                out = block(store.load(*span).to(skeleton.device), **context)
+                out = out[0] if isinstance(out, tuple) else out
+                if not bool(torch.isfinite(out).all()):
+                    raise InputError(f"{source.folder}: the hidden states after block {layer} are not finite")
+                store.save(span[0], out)
         del block
-    progress(f"evaluating {source.folder.name}", layers, layers)
+        on_block()
     return store
+
+
+def _linears(block: nn.Module) -> list[str]:
+    return [name for name, module in block.named_modules() if isinstance(module, StoredLinear)]
 
 
 class Head:

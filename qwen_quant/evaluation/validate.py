@@ -1,63 +1,50 @@
-"""How far a quantized model is from its baseline: both stream over the same windows, then their logits are compared."""
+"""How far a quantized model is from its baseline: both on the same windows of every text, then smoke prompts.
+
+`validate_pair` reads two folders and gives a ValidationResult.  A killed run continues: what each round measured lies
+in a work folder beside the report, together with what was asked for.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
+import dataclasses
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from qwen_quant.activations import ActivationStore
-from qwen_quant.data import bundled_path
+from qwen_quant.checkpoint.manifest import versions
 from qwen_quant.environment import peak_rss_bytes
 from qwen_quant.errors import InputError
-from qwen_quant.evaluation.divergence import summarize, token_divergence
-from qwen_quant.evaluation.perplexity import perplexity_pair, token_losses, windows_of
-from qwen_quant.evaluation.streaming import Head, final_hidden
-from qwen_quant.models.skeleton import Skeleton
+from qwen_quant.evaluation.pair import PairScorer, score_sets
+from qwen_quant.evaluation.perplexity import WindowSet, windows_of
+from qwen_quant.evaluation.smoke import smoke_cases
+from qwen_quant.evaluation.summary import length_row, scored_bytes, text_result
+from qwen_quant.evaluation.texts import EvaluationText, read_texts
 from qwen_quant.preparation import resolve_device
 from qwen_quant.progress import ProgressFn
 from qwen_quant.recipe import ValidationConfig
-from qwen_quant.results import ValidationResult
+from qwen_quant.results import LengthRow, SmokeCase, TextResult, ValidationResult
+from qwen_quant.resume import differences, write_json_atomically
 from qwen_quant.runtime.loading import WeightSource
-from qwen_quant.tokenizer import load_tokenizer
+from qwen_quant.tokenizer import Tokenizer, load_tokenizer
 
-BUNDLED_TEXT = "demo_eval.txt"
-CHUNK_POSITIONS = 256
+RUN_FILE = "run.json"
 _MUST_AGREE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+_MAX_LENGTH_KEYS = ("max_position_embeddings", "seq_length", "n_positions")
 
 
 @dataclass(frozen=True)
-class TokenScores:
-    """What was measured at each position.
+class _Parts:
+    """Window sets in the order they are scored: first one a text, then one a context length of the first text."""
 
-    Attributes:
-        kl: FP64 [windows * tokens], nats.
-        same_top1: bool [windows * tokens].
-        baseline_losses, quantized_losses: FP64 [windows * (tokens - 1)], -ln p of the next token.
-    """
-
-    kl: Tensor
-    same_top1: Tensor
-    baseline_losses: Tensor
-    quantized_losses: Tensor
-
-
-def _read_text(config: ValidationConfig) -> tuple[str, str, str]:
-    """(text, name, sha256 of the file's bytes). Errors: InputError when it is missing, empty or not UTF-8."""
-    path = bundled_path(BUNDLED_TEXT) if config.text is None else config.text
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the evaluation text {path} cannot be read", str(error), "give a UTF-8 text file") from error
-    if not text.strip():
-        raise InputError(f"the evaluation text {path} is empty", next_step="give a file with text")
-    return text, f"bundled:{BUNDLED_TEXT}" if config.text is None else str(path), hashlib.sha256(data).hexdigest()
+    texts: list[EvaluationText]
+    text_sets: list[WindowSet]
+    length_sets: list[WindowSet]
+    byte_counts: list[int]
+    warnings: tuple[str, ...]
 
 
 def _check_pair(baseline: WeightSource, quantized: WeightSource) -> None:
@@ -72,102 +59,182 @@ def _check_pair(baseline: WeightSource, quantized: WeightSource) -> None:
             )
 
 
-def _common_ids(baseline: Path, quantized: Path, text: str) -> list[int]:
+def _common_ids(tokenizers: tuple[Tokenizer, Tokenizer], text: str) -> list[int]:
     """Token ids of `text`, which both tokenizers must give (InputError at the first difference)."""
-    left, right = load_tokenizer(baseline).encode(text), load_tokenizer(quantized).encode(text)
+    left, right = (tokenizer.encode(text) for tokenizer in tokenizers)
     if left != right:
         pairs = zip(left, right, strict=False)
         place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
         raise InputError(
-            f"the tokenizers of {baseline} and {quantized} differ",
+            f"the tokenizers of {tokenizers[0].folder} and {tokenizers[1].folder} differ",
             f"token {place} of the evaluation text is not the same",
             "put the baseline's own tokenizer files into the quantized folder",
         )
     return left
 
 
-def _compare_window(heads: tuple[Head, Head], hidden: tuple[Tensor, Tensor], targets: Tensor) -> TokenScores:
-    """Scores of one window: hidden FP32 [tokens, width] of both, targets int64 [tokens - 1]."""
-    kl: list[Tensor] = []
-    same: list[Tensor] = []
-    losses: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for start in range(0, hidden[0].shape[0], CHUNK_POSITIONS):
-        stop = start + CHUNK_POSITIONS
-        left, right = (head.logits(h[start:stop]) for head, h in zip(heads, hidden, strict=True))
-        same.append((left.argmax(1) == right.argmax(1)).cpu())
-        left, right = torch.log_softmax(left, 1), torch.log_softmax(right, 1)
-        scored = targets[start:stop].to(left.device)
-        for values, log_probs in zip(losses, (left, right), strict=True):
-            values.append(token_losses(log_probs[: scored.shape[0]], scored).cpu())
-        kl.append(token_divergence(left, right).cpu())
-        del left, right
-    return TokenScores(torch.cat(kl), torch.cat(same), torch.cat(losses[0]), torch.cat(losses[1]))
+def trained_length(config: dict[str, Any]) -> int | None:
+    """The context length that config.json promises, in tokens (None: it promises none)."""
+    return next((int(config[key]) for key in _MAX_LENGTH_KEYS if isinstance(config.get(key), int)), None)
 
 
-@torch.no_grad()
-def compare_states(
-    heads: tuple[Head, Head], stores: tuple[ActivationStore, ActivationStore], windows: Tensor, progress: ProgressFn
-) -> TokenScores:
-    """Run both heads over the stored final states, CHUNK_POSITIONS positions of logits at a time."""
-    parts = []
-    for row in range(windows.shape[0]):
-        progress("comparing logits", row, windows.shape[0])
-        hidden = (stores[0].load(row, row + 1)[0], stores[1].load(row, row + 1)[0])
-        parts.append(_compare_window(heads, hidden, windows[row, 1:]))
-    progress("comparing logits", windows.shape[0], windows.shape[0])
-    return TokenScores(
-        torch.cat([p.kl for p in parts]),
-        torch.cat([p.same_top1 for p in parts]),
-        torch.cat([p.baseline_losses for p in parts]),
-        torch.cat([p.quantized_losses for p in parts]),
-    )
+def _check_window(config: ValidationConfig, source: WeightSource) -> None:
+    limit = trained_length(source.spec.config)
+    if limit is not None and config.window_tokens > limit:
+        raise InputError(
+            f"a window of {config.window_tokens} tokens is longer than {source.folder} was made for",
+            f"its config.json says {limit}",
+            f"use --window {limit} or less; --long-context measures beyond it on purpose",
+        )
 
 
-def score_pair(
-    sources: tuple[WeightSource, WeightSource], windows: Tensor, device: torch.device, progress: ProgressFn
-) -> TokenScores:
-    """Scores of every position of `windows` (int64 [windows, tokens]) under (baseline, quantized)."""
-    skeletons = [Skeleton(source.spec, device, torch.float32) for source in sources]
-    with tempfile.TemporaryDirectory(prefix="qwen-quant-eval-") as spill:
-        stores: list[ActivationStore] = []
-        try:
-            for k, (source, skeleton) in enumerate(zip(sources, skeletons, strict=True)):
-                stores.append(final_hidden(source, skeleton, windows, Path(spill) / f"hidden-{k}.bin", progress))
-            first = Head(sources[0], skeletons[0])
-            second = Head(sources[1], skeletons[1], first.weight)
-            return compare_states((first, second), (stores[0], stores[1]), windows, progress)
-        finally:
-            for store in stores:
-                store.close()
+def _parts(config: ValidationConfig, sources: tuple[WeightSource, WeightSource]) -> _Parts:
+    """Read every text, check both tokenizers on it and cut the windows."""
+    tokenizers = (load_tokenizer(sources[0].folder), load_tokenizer(sources[1].folder))
+    texts = read_texts(config.texts, config.joining)
+    text_sets, byte_counts, ids = [], [], []
+    for text in texts:
+        ids.append(_common_ids(tokenizers, text.text))
+        windows = windows_of(ids[-1], config.window_tokens, config.max_windows, config.stride)
+        text_sets.append(windows)
+        byte_counts.append(scored_bytes(windows, tokenizers[0].decode))
+    lengths, warnings = _length_sets(config, ids[0], trained_length(sources[0].spec.config))
+    return _Parts(texts, text_sets, lengths, byte_counts, warnings)
 
 
-def validate_pair(baseline: Path, quantized: Path, config: ValidationConfig, progress: ProgressFn) -> ValidationResult:
-    """Perplexity of both models, KL(baseline || quantized) and top-1 agreement on one text.
+def _length_sets(
+    config: ValidationConfig, ids: list[int], limit: int | None
+) -> tuple[list[WindowSet], tuple[str, ...]]:
+    """One set of disjoint windows a length, all over the same tokens where the text allows it."""
+    possible = [n for n in config.lengths if n <= len(ids)]
+    warnings = [f"the text has {len(ids)} tokens: no row for {n}" for n in config.lengths if n > len(ids)]
+    longest = max(possible, default=0)
+    shared = len(ids) // longest * longest if longest else 0
+    if config.max_windows is not None and longest:
+        shared = min(shared, config.max_windows * longest)
+    beyond = [str(n) for n in possible if limit is not None and n > limit]
+    if beyond:
+        warnings.append(f"{', '.join(beyond)} tokens are beyond the {limit} that the model was made for")
+    return [windows_of(ids[:shared], n, None) for n in possible], tuple(warnings)
 
-    Either folder may be 16-bit or GPTQ. Windows are cut as `perplexity.py` says; perplexity scores window_tokens - 1
-    tokens of each, divergence and agreement all window_tokens positions. seconds is wall time, peak_memory_bytes the
-    largest resident set of this process so far.
 
-    Errors: InputError for folders that are no checkpoints or do not belong together, tokenizers that differ, a text
-    that is missing, not UTF-8 or shorter than one window, and states that are not finite.
+def _identity(sources: tuple[WeightSource, WeightSource], config: ValidationConfig, parts: _Parts) -> dict[str, Any]:
+    """What decides the scores: a run that was killed is continued only if all of it is the same."""
+    files = {}
+    for role, source in zip(("baseline", "quantized"), sources, strict=True):
+        stats = [(path.name, path.stat()) for path in source.reader.files]
+        files[role] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats}
+    settings = dataclasses.asdict(config)
+    for irrelevant in ("resume", "smoke", "seed"):
+        del settings[irrelevant]
+    return {"files": files, "settings": settings, "texts": [text.sha256 for text in parts.texts]}
+
+
+def open_work(work: Path, identity: dict[str, Any], *, resume: bool) -> None:
+    """Make the work folder, or check that it belongs to the same comparison (InputError with the difference)."""
+    path = work / RUN_FILE
+    clean = json.loads(json.dumps(identity))
+    if path.is_file() and resume:
+        earlier = _read_json(path)
+        if earlier != clean:
+            raise InputError(
+                f"{work} holds an unfinished validation with other settings",
+                "; ".join(differences(earlier, clean)),
+                "repeat the earlier command to finish it, or add --no-resume to start over",
+            )
+        return
+    for old in work.glob("*") if work.is_dir() else ():
+        old.unlink()
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {work.parent}", str(error), "give another folder: --report DIR") from error
+    write_json_atomically(path, clean)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged", str(error), "start over with --no-resume") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _kind_warnings(sources: tuple[WeightSource, WeightSource]) -> tuple[str, ...]:
+    warnings = []
+    if sources[0].is_quantized:
+        warnings.append(f"the baseline {sources[0].folder} is itself quantized ({sources[0].kind})")
+    if not sources[1].is_quantized:
+        warnings.append(f"{sources[1].folder} is not quantized ({sources[1].kind})")
+    return tuple(warnings)
+
+
+def _scored(
+    scorer: PairScorer, parts: _Parts, config: ValidationConfig, work: Path | None, progress: ProgressFn
+) -> tuple[tuple[TextResult, ...], tuple[LengthRow, ...]]:
+    scores = score_sets(scorer, parts.text_sets + parts.length_sets, work, progress)
+    texts = [
+        text_result(text, windows, score, byte_count=count, seed=config.seed)
+        for text, windows, score, count in zip(parts.texts, parts.text_sets, scores, parts.byte_counts, strict=False)
+    ]
+    rows = [
+        length_row(windows, score)
+        for windows, score in zip(parts.length_sets, scores[len(parts.text_sets) :], strict=True)
+    ]
+    return tuple(texts), tuple(rows)
+
+
+def validate_pair(
+    baseline: Path, quantized: Path, config: ValidationConfig, progress: ProgressFn, *, work: Path | None = None
+) -> ValidationResult:
+    """Compare two folders, each 16-bit, GPTQ or bitsandbytes; gates and tasks are left empty.
+
+    A quantized model that fails a smoke prompt is not measured further: its texts are empty.
+
+    Args:
+        baseline, quantized: checkpoint folders.
+        config: texts, windows, lengths.
+        progress: stages and their steps.
+        work: folder that keeps finished rounds, for resuming; None keeps nothing.
+
+    Returns:
+        seconds is wall time, peak_memory_bytes the largest resident set of this process so far. Errors: InputError for
+        folders that are no checkpoints or do not belong together, tokenizers that differ, a text that is missing, not
+        UTF-8 or shorter than one window, a window longer than the model, and states that are not finite.
     """
     started = time.perf_counter()
     sources = (WeightSource(baseline), WeightSource(quantized))
     _check_pair(*sources)
-    text, name, digest = _read_text(config)
-    windows = windows_of(_common_ids(baseline, quantized, text), config.window_tokens, config.max_windows)
-    scores = score_pair(sources, windows, resolve_device(config.device), progress)
+    _check_window(config, sources[0])
+    parts, device = _parts(config, sources), resolve_device(config.device)
+    if work is not None:
+        open_work(work, _identity(sources, config, parts), resume=config.resume)
+    smoke: tuple[SmokeCase, ...] = smoke_cases(sources[0], sources[1], device, progress) if config.smoke else ()
+    warnings = _kind_warnings(sources) + parts.warnings
+    if not config.smoke:
+        warnings += ("the smoke prompts were not run",)
+    texts: tuple[TextResult, ...] = ()
+    rows: tuple[LengthRow, ...] = ()
+    if any(case.failures for case in smoke):
+        warnings += ("nothing was measured: a smoke prompt failed",)
+    else:
+        texts, rows = _scored(PairScorer(sources, device), parts, config, work, progress)
     return ValidationResult(
         baseline=str(baseline),
         quantized=str(quantized),
-        dataset=name,
-        dataset_sha256=digest,
-        window_tokens=config.window_tokens,
-        windows=windows.shape[0],
-        perplexity=perplexity_pair(scores.baseline_losses, scores.quantized_losses),
-        divergence=summarize(scores.kl, scores.same_top1),
+        baseline_kind=sources[0].kind,
+        quantized_kind=sources[1].kind,
         baseline_bytes=sources[0].nbytes,
         quantized_bytes=sources[1].nbytes,
+        texts=texts,
+        by_length=rows,
+        tasks=(),
+        smoke=smoke,
+        gates=(),
+        override_reason="",
+        warnings=warnings,
+        seed=config.seed,
+        versions={**versions(), "torch": torch.__version__},
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_rss_bytes(),
     )
