@@ -1,3 +1,24 @@
-"""qwen-quant: turn Qwen checkpoints into quantized artifacts that can be trusted and released."""
+"""qwen-quant: turn Qwen checkpoints into quantized artifacts that can be trusted and released.
+
+Importing the package registers first-generation Qwen (model_type "qwen") with transformers, so that AutoConfig,
+AutoModelForCausalLM and generate work on its folders. That loads torch and transformers. The command line leaves it to
+the commands that need a model, so that `qwen-quant --help` answers at once.
+"""
+
+import importlib
+import os
+import sys
 
 __version__ = "0.1.0"
+
+
+def _runs_as_command() -> bool:
+    """Whether this process is `qwen-quant` or `python -m qwen_quant`, and not a program that uses the package."""
+    program, line = (sys.argv or [""])[0], sys.orig_argv
+    if program == "-m":  # runpy has not found the module's file yet
+        return line[line.index("-m") + 1 :][:1] == [__name__] if "-m" in line else False
+    return os.path.splitext(os.path.basename(program))[0] == "qwen-quant"
+
+
+if not _runs_as_command():
+    importlib.import_module("qwen_quant.models.qwen1")

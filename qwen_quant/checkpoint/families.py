@@ -47,6 +47,7 @@ class Family:
         layers_prefix: disk name in front of the block number.
         embedding, final_norm, head: disk names (without ".weight").
         keep_rules: (pattern, reason) for parameters that stay 16-bit on purpose; matched with re.fullmatch.
+        key_aliases: (older name, name) of keys of config.json.
     """
 
     model_type: str
@@ -56,6 +57,7 @@ class Family:
     final_norm: str
     head: str
     keep_rules: KeepRules
+    key_aliases: tuple[tuple[str, str], ...] = ()
 
     def linears(self) -> tuple[str, ...]:
         """Names in a block of the linears to quantize, in solving order."""
@@ -107,7 +109,37 @@ def _dense(model_type: str) -> Family:
     return Family(model_type, _DENSE_BLOCK, "model.layers", "model.embed_tokens", "model.norm", "lm_head", _DENSE_KEEP)
 
 
-FAMILIES: dict[str, Family] = {row.model_type: row for row in (_dense("qwen2"), _dense("qwen3"))}
+# First generation: config.json keys of the release of August 2023 and what they are called since.
+FIRST_RELEASE_KEYS = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "ffn_hidden_size": "intermediate_size",
+    "padded_vocab_size": "vocab_size",
+    "embd_pdrop": "emb_dropout_prob",
+    "attn_pdrop": "attn_dropout_prob",
+}
+_FIRST_GENERATION = Family(
+    model_type="qwen",
+    sub_blocks=(  # the solving order of the published Int4 artifacts
+        SubBlock("ln_1", "attn", ("attn.c_attn",), "attn.c_proj", takes_context=True),
+        SubBlock("ln_2", "mlp", ("mlp.w1", "mlp.w2"), "mlp.c_proj"),
+    ),
+    layers_prefix="transformer.h",
+    embedding="transformer.wte",
+    final_norm="transformer.ln_f",
+    head="lm_head",
+    keep_rules=(
+        (r"transformer\.wte\.weight", "embeddings stay 16-bit"),
+        (r"lm_head\.weight", "the output head stays 16-bit"),
+        (r"transformer\.(h\.\d+\.)?ln_\w+\.weight", "normalization weights stay 16-bit"),
+        (r".*\.bias", "biases stay 16-bit"),
+    ),
+    key_aliases=tuple(FIRST_RELEASE_KEYS.items()),
+)
+
+FAMILIES: dict[str, Family] = {row.model_type: row for row in (_FIRST_GENERATION, _dense("qwen2"), _dense("qwen3"))}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -139,8 +171,9 @@ def model_spec(config: dict[str, Any], origin: str) -> ModelSpec:
             f"known families: {known}",
             "give a checkpoint of one of them",
         )
+    values = {**{new: config[old] for old, new in family.key_aliases if old in config}, **config}
     try:
-        layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
+        layers, hidden = int(values["num_hidden_layers"]), int(values["hidden_size"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{origin}: config.json lacks {error}", next_step="fetch the checkpoint again") from error
     return ModelSpec(family, config, layers, hidden, bool(config.get("tie_word_embeddings", False)))

@@ -22,6 +22,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qwen_quant.checkpoint.families import ModelSpec
 from qwen_quant.environment import cpu_features
 from qwen_quant.errors import InputError
+from qwen_quant.models import qwen1  # noqa: F401 (registers model_type "qwen" with transformers)
+from qwen_quant.models.qwen1_config import say_auto_map_is_ignored
 
 Fetch = Callable[[str], Tensor]
 
@@ -102,6 +104,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def meta_model(spec: ModelSpec) -> PreTrainedModel:
     """transformers' own model of `spec` on the meta device (InputError when its config does not fit)."""
     values = {key: value for key, value in spec.config.items() if key not in ("quantization_config", "auto_map")}
+    if spec.config.get("auto_map"):
+        say_auto_map_is_ignored()
     try:
         config = CONFIG_MAPPING[spec.family.model_type].from_dict(values)
         with torch.device("meta"):
@@ -132,7 +136,8 @@ class Skeleton:
     def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
         self.spec, self.device, self.dtype = spec, device, dtype
         self.model = meta_model(spec)
-        self._blocks = list(self.model.get_decoder().layers)
+        self._layers_name = spec.family.layers_prefix.rsplit(".", 1)[-1]
+        self._blocks = list(getattr(self.model.get_decoder(), self._layers_name))
         self._contexts: dict[int, list[dict[str, Any]]] = {}
 
     def context(self, layer: int, sequence_length: int) -> dict[str, Any]:
@@ -146,7 +151,7 @@ class Skeleton:
         recorders = [_Recorder(block) for block in self._blocks]
         norm_name = self.spec.family.final_norm.rsplit(".", 1)[-1]
         norm, rotary = getattr(decoder, norm_name), decoder.rotary_emb
-        decoder.layers = nn.ModuleList(recorders)
+        setattr(decoder, self._layers_name, nn.ModuleList(recorders))
         setattr(decoder, norm_name, nn.Identity())
         decoder.rotary_emb = type(rotary)(config=decoder.config).to(self.device)
         embeds = torch.zeros(1, sequence_length, self.spec.hidden_size, dtype=self.dtype, device=self.device)
@@ -154,7 +159,8 @@ class Skeleton:
             with torch.no_grad():
                 decoder(inputs_embeds=embeds, use_cache=False)
         finally:
-            decoder.layers, decoder.rotary_emb = nn.ModuleList(self._blocks), rotary
+            decoder.rotary_emb = rotary
+            setattr(decoder, self._layers_name, nn.ModuleList(self._blocks))
             setattr(decoder, norm_name, norm)
         return [recorder.kwargs for recorder in recorders]
 
