@@ -3,7 +3,7 @@
 Environment variables, set by whoever runs the tasks:
 
     QWEN_QUANT_DATA_DIR              folder with `hub/`, `tooluse/` and `codeinterp/` as in the project's data; default: the
-                                     current directory.  A folder that is itself a `hub/` serves the tasks that need only it.
+                                     current directory.  It may also be that `hub/`.
     QWEN_QUANT_ALLOW_CODE_EXECUTION  1 lets tasks execute the code that the model wrote (`--allow-code-execution`)
     QWEN_QUANT_TOKENIZER_DIR         checkpoint folder whose tokenizer cuts text for scores that depend on it
 """
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_quant.errors import InputError, UsageError
+from qwen_quant.errors import InputError
 
 DATA_DIR = "QWEN_QUANT_DATA_DIR"
 ALLOW_CODE_EXECUTION = "QWEN_QUANT_ALLOW_CODE_EXECUTION"
@@ -31,7 +31,7 @@ def data_file(name: str) -> Path:
     Errors: InputError naming the file that is missing.
     """
     root = Path(os.environ.get(DATA_DIR) or ".").resolve()
-    candidates = [root / name, root / name.removeprefix("hub/")]
+    candidates = [root / name, root / name.removeprefix("hub/"), *([root.parent / name] if root.name == "hub" else [])]
     for path in candidates:
         if path.exists():
             return path
@@ -83,9 +83,9 @@ def as_splits(**splits: list[Row]) -> dict[str, Any]:
 
 
 def require_code_execution(task: str) -> None:
-    """UsageError unless whoever runs this allowed generated code to be executed."""
+    """InputError unless whoever runs this allowed generated code to be executed."""
     if os.environ.get(ALLOW_CODE_EXECUTION) != "1":
-        raise UsageError(
+        raise InputError(
             f"task {task} executes code that the model wrote",
             "that was not allowed",
             f"add --allow-code-execution (or set {ALLOW_CODE_EXECUTION}=1); the code runs in a sandbox, see "
