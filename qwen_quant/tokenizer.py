@@ -1,4 +1,9 @@
-"""One surface over tokenizers: encode, decode, chat. Never runs a repository's code."""
+"""One surface over tokenizers: encode, decode, chat. Never runs a repository's code.
+
+A folder with `qwen.tiktoken` is first-generation Qwen's and is read by `qwen_quant.qwen1_auto`, whatever Python class
+its tokenizer_config.json names.  That file is the model's own: a tokenizer.json beside it is not used, but it must
+agree with it, because other runtimes would use it.  All other folders are read by transformers.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from transformers import AutoTokenizer
 
+from qwen_quant.chat import CHAT_TEMPLATE, chat_ids
 from qwen_quant.errors import InputError
+from qwen_quant.qwen1_auto import QWenTokenizer
+from qwen_quant.qwen1_fast import TEXT_PROBES, first_difference
+from qwen_quant.qwen1_tokenizer import VOCABULARY_FILE
 
 Message = dict[str, str]
-VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+VOCABULARY_FILES = (VOCABULARY_FILE, "tokenizer.json", "vocab.json", "tokenizer.model")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError)
 
 
 class Tokenizer:
@@ -52,6 +63,8 @@ class Tokenizer:
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a whole conversation ({"role", "content"} each) through the model's own chat template.
 
+        First-generation Qwen's contents are encoded one by one, as its published calibration and fine-tuning did.
+
         Errors: InputError when there is no template or it refuses these messages.
         """
         if not self.has_chat_template:
@@ -60,6 +73,8 @@ class Tokenizer:
                 "chat rows cannot be written the way this model was trained on",
                 "add chat_template.jinja (or chat_template in tokenizer_config.json), or calibrate on text rows",
             )
+        if isinstance(self._inner, QWenTokenizer) and self._inner.chat_template == CHAT_TEMPLATE:
+            return chat_ids(self._inner.qwen1, messages, parse_special=True)
         from jinja2 import TemplateError
 
         try:
@@ -78,12 +93,36 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "put the model's tokenizer files beside its weights",
         )
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    first_generation = (folder / VOCABULARY_FILE).is_file()
     try:
-        inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        if first_generation:
+            return Tokenizer(folder, _first_generation(folder))
+        return Tokenizer(folder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+    except _UNREADABLE as error:
         raise InputError(
             f"{folder} has no tokenizer that can be read",
             str(error).splitlines()[0] if str(error) else type(error).__name__,
             "put the model's tokenizer.json and tokenizer_config.json beside its weights",
         ) from error
-    return Tokenizer(folder, inner)
+
+
+def _first_generation(folder: Path) -> QWenTokenizer:
+    """The tokenizer of `qwen.tiktoken`; InputError when a tokenizer.json beside it is damaged or gives other ids."""
+    path = folder / "tokenizer.json"
+    companion = _read_fast(path) if path.is_file() else None
+    inner = QWenTokenizer.from_pretrained(folder, local_files_only=True)
+    text = first_difference(inner.qwen1, companion, TEXT_PROBES) if companion is not None else None
+    if text is not None:
+        raise InputError(
+            f"{folder} holds two tokenizers that differ",
+            f"{VOCABULARY_FILE} and tokenizer.json give other ids for {text!r}",
+            f"remove tokenizer.json: {VOCABULARY_FILE} is the model's own",
+        )
+    return inner
+
+
+def _read_fast(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001  the library raises bare Exception for a damaged file
+        raise InputError(f"{path} cannot be read", str(error), f"remove it: {VOCABULARY_FILE} is used") from error

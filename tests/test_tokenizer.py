@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qwen_quant.errors import InputError
 from qwen_quant.tokenizer import Tokenizer, load_tokenizer
 from tests.support.checkpoints import write_tokenizer
+from tests.support.qwen1_vocabulary import calibration_messages, golden, write_qwen1_tokenizer, written_files
 
 END_OF_TEXT, START, END = 256, 257, 258
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "好"}]
@@ -89,3 +90,44 @@ def test_code_of_the_folder_is_never_run(tmp_path: Path) -> None:
     except InputError:
         pass
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_first_generation_folder(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_qwen1_tokenizer(tmp_path))
+    assert tokenizer.encode("量化 2023<|im_end|>") == [108048, 220, 17, 15, 17, 18, 151645]
+    assert tokenizer.decode([108048, 151645]) == "量化<|im_end|>"
+    assert tokenizer.separator_id == 151643
+    assert not (tmp_path / "ran").exists()
+
+
+def test_first_generation_chats_are_those_of_the_published_calibration(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_qwen1_tokenizer(tmp_path))
+    assert tokenizer.has_chat_template
+    for case in golden("sft_preprocess.json"):
+        assert tokenizer.chat_ids(calibration_messages(case))[: case["max_len"]] == case["gptq_input_ids"]
+
+
+def test_a_first_generation_folder_with_its_own_template(tmp_path: Path) -> None:
+    write_qwen1_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}<|im_end|>")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_ids([{"role": "user", "content": "a"}]) == [64, 151645]
+
+
+def test_two_tokenizers_in_one_folder_must_agree(tmp_path: Path) -> None:
+    write_qwen1_tokenizer(tmp_path / "both")
+    (tmp_path / "both" / "tokenizer.json").write_bytes(written_files()["tokenizer.json"])
+    assert load_tokenizer(tmp_path / "both").encode("<extra>量化") == [27, 15460, 29, 108048]
+    write_tokenizer(tmp_path / "both")
+    with pytest.raises(InputError, match="two tokenizers that differ"):
+        load_tokenizer(tmp_path / "both")
+    (tmp_path / "both" / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot be read"):
+        load_tokenizer(tmp_path / "both")
+
+
+def test_a_wrong_first_generation_vocabulary(tmp_path: Path) -> None:
+    write_qwen1_tokenizer(tmp_path)
+    (tmp_path / "qwen.tiktoken").write_bytes(b"IQ== 0\n")
+    with pytest.raises(InputError, match="1 tokens instead of 151643"):
+        load_tokenizer(tmp_path)
