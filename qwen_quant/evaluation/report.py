@@ -55,7 +55,7 @@ def write_report(
     report, page = folder / JSON_FILE, folder / HTML_FILE
     _replace(report, report_text(result).encode("utf-8"))
     known = layers_of(Path(result.quantized)) if layers is None else layers
-    _replace(page, render_html(result, known).encode("utf-8", "replace"))
+    _replace(page, render_html(result, known).encode("utf-8", "backslashreplace"))
     return report, page
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qwen_quant.evaluation.report_numbers import (
     escaped,
@@ -19,7 +20,7 @@ from qwen_quant.evaluation.report_numbers import (
     span,
     whole,
 )
-from qwen_quant.evaluation.report_plots import Chart, ForestRow, Series, forest_plot, line_chart, value_range
+from qwen_quant.evaluation.report_plots import Chart, ForestRow, Series, forest_plot, legend, line_chart, value_range
 from qwen_quant.evaluation.report_style import STYLE
 from qwen_quant.results import GateOutcome, LayerStats, SmokeCase, TaskResult, TextResult, ValidationResult
 from qwen_quant.units import format_bytes, format_seconds
@@ -59,20 +60,33 @@ def _last(name: str) -> str:
 
 
 def _table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = (), text_columns: int = 1
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    marks: Sequence[str] = (),
+    *,
+    kinds: str = "t",
+    style: str = "",
 ) -> str:
-    """A table of plain texts; the first `text_columns` are left-aligned, as is a last one that is a sentence."""
-    kinds = ["text" if i < text_columns else "" for i in range(len(headings))]
-    kinds[-1] = "long" if headings[-1] == "verdict" else kinds[-1]
+    """A table of plain texts.
+
+    Args:
+        marks: a class for each row ((): none).
+        kinds: a letter for each column: t for text, n for figures; columns beyond it are figures.
+        style: the table's class; "stack" puts the cells of a row one below the other where the screen is narrow.
+    """
+    texts = [kind == "t" for kind in kinds.ljust(len(headings), "n")]
 
     def cells(tag: str, row: Sequence[str]) -> str:
-        names = [f' class="{"text" if tag == "th" and kind else kind}"' if kind else "" for kind in kinds]
-        return "".join(f"<{tag}{name}>{escaped(cell)}</{tag}>" for name, cell in zip(names, row, strict=True))
+        sides = [' class="text"' if text else "" for text in texts]
+        labels = [f' data-label="{escaped(name)}"' if tag == "td" and style and name else "" for name in headings]
+        parts = zip(sides, labels, row, strict=True)
+        return "".join(f"<{tag}{side}{label}>{escaped(cell)}</{tag}>" for side, label, cell in parts)
 
-    marks = [f' class="{mark}"' if mark else "" for mark in classes] or [""] * len(rows)
-    lines = "".join(f"<tr{mark}>{cells('td', row)}</tr>\n" for mark, row in zip(marks, rows, strict=True))
+    classes = [f' class="{mark}"' if mark else "" for mark in marks] or [""] * len(rows)
+    lines = "".join(f"<tr{mark}>{cells('td', row)}</tr>\n" for mark, row in zip(classes, rows, strict=True))
     head = f"<thead><tr>{cells('th', headings)}</tr></thead>"
-    return f'<div class="scroll" tabindex="0"><table>{head}\n<tbody>\n{lines}</tbody></table></div>'
+    named = f' class="{style}"' if style else ""
+    return f'<div class="scroll" tabindex="0"><table{named}>{head}\n<tbody>\n{lines}</tbody></table></div>'
 
 
 def _details(summary: str, content: str) -> str:
@@ -116,7 +130,7 @@ def _all(count: int, noun: str) -> str:
 def _gate_table(gates: Sequence[GateOutcome]) -> str:
     if not gates:
         return ""
-    rows = [(g.name, number(g.limit), number(g.value), "passed" if g.passed else "FAILED") for g in gates]
+    rows = [(g.name, f"{g.limit:g}", number(g.value), "passed" if g.passed else "FAILED") for g in gates]
     note = '<p class="note">A gate compares the unfavourable end of the interval with its limit.</p>'
     return _table(("gate", "limit", "value", ""), rows, ["good" if g.passed else "bad" for g in gates]) + note
 
@@ -144,16 +158,16 @@ def _warnings(warnings: Sequence[str]) -> str:
 
 def _text_section(text: TextResult) -> str:
     """One text: its verdict, the table of both models, the protocol, and KL by position."""
-    pair, kl = text.perplexity, text.divergence
+    pair, ratio, kl = text.perplexity, text.perplexity_ratio, text.divergence
     rows = [
         ("perplexity", number(pair.baseline), number(pair.quantized), ""),
-        ("perplexity ratio", "1", f"{text.perplexity_ratio.estimate:.4f}", span(text.perplexity_ratio)),
-        ("bits per byte", number(text.bits_per_byte_baseline), number(text.bits_per_byte_quantized), ""),
-        ("KL divergence, mean", "0", number(text.kl_mean.estimate), span(text.kl_mean)),
-        ("KL divergence, median", "0", number(kl.kl_median), ""),
-        ("KL divergence, p90", "0", number(kl.kl_p90), ""),
-        ("KL divergence, p99", "0", number(kl.kl_p99), ""),
-        ("KL divergence, max", "0", number(kl.kl_max), ""),
+        ("perplexity ratio", "1", f"{ratio.estimate:.4f}", f"{ratio.low:.4f} to {ratio.high:.4f}"),
+        ("bits per byte", f"{text.bits_per_byte_baseline:.4f}", f"{text.bits_per_byte_quantized:.4f}", ""),
+        ("KL mean", "0", number(text.kl_mean.estimate), span(text.kl_mean)),
+        ("KL median", "0", number(kl.kl_median), ""),
+        ("KL p90", "0", number(kl.kl_p90), ""),
+        ("KL p99", "0", number(kl.kl_p99), ""),
+        ("KL max", "0", number(kl.kl_max), ""),
         ("top-1 agreement", "100%", percent(text.top1_agreement.estimate), percent_span(text.top1_agreement)),
     ]
     heading = f"{percent(text.kl_mean.confidence).replace('.00', '')} interval"
@@ -167,9 +181,8 @@ def _text_section(text: TextResult) -> str:
     listed = _details("KL divergence by position, as figures", _table(("first position", "mean KL"), places))
     return (
         f"<h2>Text: {escaped(text.dataset)}</h2>\n<p><strong>{escaped(text.verdict.text)}</strong></p>\n"
-        f"{_table(('', 'baseline', 'quantized', heading), rows)}\n"
-        f'<p class="note">{escaped(protocol(text))}</p>\n'
-        + (f'<div class="plots">{line_chart(chart)}</div>\n{listed}' if places else "")
+        f'<div class="plots">{_table(("", "baseline", "quantized", heading), rows)}{line_chart(chart)}</div>\n'
+        f'<p class="note">{escaped(protocol(text))}</p>\n{listed if places else ""}'
     )
 
 
@@ -217,7 +230,7 @@ def _length_section(result: ValidationResult) -> str:
     )
     headings = ("window", "windows", "tokens", "baseline", "quantized", "ratio")
     return (
-        f'<h2>Perplexity by context length</h2>\n<div class="plots"><div>{_table(headings, cells, text_columns=0)}'
+        f'<h2>Perplexity by context length</h2>\n<div class="plots"><div>{_table(headings, cells, kinds="n")}'
         '<p class="note">The same text, cut into windows of each length that do not overlap.</p></div>'
         f"{line_chart(chart)}</div>"
     )
@@ -226,21 +239,22 @@ def _length_section(result: ValidationResult) -> str:
 def _task_section(tasks: Sequence[TaskResult]) -> str:
     if not tasks:
         return ""
-    headings = ("task", "metric", "shots", "items", "baseline", "quantized", "difference", "interval")
-    tests = ("only baseline right", "only quantized right", "p", "p (Holm)", "", "verdict")
+    headings = ("task", "items", "baseline", "quantized", "difference", "discordant", "p", "p (Holm)", "verdict")
     rows, forest = [], []
     for task in tasks:
-        scores = (percent(task.baseline), percent(task.quantized), points(task.difference.estimate))
-        discordant = tuple("" if n is None else whole(n) for n in (task.only_baseline_right, task.only_quantized_right))
-        figures = (str(task.shots), whole(task.items), *scores, points_span(task.difference))
-        p_values = (number(task.p_value), number(task.p_holm))
-        rows.append((task.task, task.metric, *figures, *discordant, *p_values, task.verdict.word, task.verdict.text))
+        change, lost, gained = task.difference, task.only_baseline_right, task.only_quantized_right
+        scores = (percent(task.baseline), percent(task.quantized))
+        moved = f"{points(change.estimate)} ({points_span(change)})"
+        discordant = "" if lost is None or gained is None else f"{whole(lost)} / {whole(gained)}"
+        name = f"{task.task} ({task.metric}, {task.shots} shots)"
+        figures = (*scores, moved, discordant, number(task.p_value), number(task.p_holm))
+        rows.append((name, whole(task.items), *figures, task.verdict.text))
         forest.append(_forest_row(task))
     plot = forest_plot("Accuracy difference by task, with intervals", "quantized - baseline, percentage points", forest)
     marks = ["loss" if task.verdict.word == "loss" else "" for task in tasks]
     return (
         f'<h2>Benchmark tasks</h2>\n<div class="plots">{plot}</div>\n'
-        f"{_table((*headings, *tests), rows, marks, text_columns=2)}\n"
+        f"{_table(headings, rows, marks, kinds='tnnnnnnnt', style='stack')}\n"
         '<p class="note">Differences are quantized - baseline in percentage points, on the same items. p is from '
         "McNemar's exact test, or a sign-flip permutation test where the score is not 0 or 1; Holm's correction is "
         "over all tasks of this page.</p>"
@@ -265,16 +279,17 @@ def _layer_section(layers: Sequence[LayerStats]) -> str:
         kinds.setdefault(kind, []).append((float(block), layer))
     errors = [e for layer in layers for e in (layer.relative_error, layer.rounding_error) if 0 < e < float("inf")]
     limits = value_range(errors, log=True) if errors else None
-    plots = []
+    plots, curves = [], (Series("plain rounding", "rounding", ()), Series("this artifact", "quantized", ()))
     for kind, members in kinds.items():
         members.sort(key=lambda member: member[0])
-        ours = Series("this artifact", "quantized", tuple((block, s.relative_error) for block, s in members))
-        plain = Series("plain rounding", "rounding", tuple((block, s.rounding_error) for block, s in members))
-        plots.append(line_chart(Chart(kind, "block", "relative error", (plain, ours), log_y=True, y_range=limits)))
+        plain = replace(curves[0], points=tuple((block, s.rounding_error) for block, s in members))
+        ours = replace(curves[1], points=tuple((block, s.relative_error) for block, s in members))
+        chart = Chart(kind, "block", "relative error", (plain, ours), log_y=True, y_range=limits, own_legend=False)
+        plots.append(line_chart(chart))
     return (
         f'<h2>Error of each layer</h2>\n<p class="note">Relative error of the layer\'s output on the calibration text, '
         "sqrt(tr(dW H dW^T) / tr(W H W^T)), of this artifact and of plain min-max rounding on the same Hessian; "
-        f'logarithmic axis, the same in every plot.</p>\n<div class="plots">{"".join(plots)}</div>\n'
+        f'logarithmic axis, the same in every plot.</p>\n{legend(curves)}<div class="plots">{"".join(plots)}</div>\n'
         + _details(f"All {len(layers)} layers as figures, furthest off first", _layer_table(layers))
     )
 

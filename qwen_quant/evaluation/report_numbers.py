@@ -7,13 +7,15 @@ from html import escape
 
 from qwen_quant.results import Interval
 
-# Control characters are shown as their pictures: a browser would drop them or show nothing.
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {0x7F: 0x2421}
+# What a browser would drop, or obey by turning the rest of a line around, is shown as its escape.
+_CONTROLS = (*range(9), *range(11, 32), *range(0x7F, 0xA0))
+_DIRECTIONS = (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_ESCAPES = {code: f"\\x{code:02x}" for code in _CONTROLS} | {code: f"\\u{code:04x}" for code in _DIRECTIONS}
 
 
 def escaped(text: str) -> str:
-    """Any text as HTML text or attribute value, its control characters visible."""
-    return escape(text.translate(_PICTURES))
+    """Any text as HTML text or attribute value; control and direction characters are visible as \\x1b, \\u202e."""
+    return escape(text.translate(_ESCAPES))
 
 
 def number(value: float) -> str:

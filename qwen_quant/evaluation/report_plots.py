@@ -39,6 +39,7 @@ class Chart:
         title: what it shows, also for screen readers.
         y_range: the values at the ends of the y axis; None: from the points (from 0 on an even axis).
         x_ticks: where the x axis has ticks; (): chosen.
+        own_legend: False where the page says elsewhere which curve is which.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Chart:
     log_y: bool = False
     y_range: tuple[float, float] | None = None
     x_ticks: tuple[float, ...] = ()
+    own_legend: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def line_chart(chart: Chart) -> str:
     for line in drawn:
         parts += _curve(line, across, up)
     notes = [f"{lost} point(s) without a finite value are not drawn."] if lost else []
-    return figure(chart.title, _svg(chart.title, HEIGHT, parts), legend(chart.series), notes)
+    return figure(
+        chart.title, _svg(chart.title, HEIGHT, parts), legend(chart.series) if chart.own_legend else "", notes
+    )
 
 
 def forest_plot(title: str, axis_label: str, rows: Sequence[ForestRow]) -> str:
@@ -215,7 +219,7 @@ def _y_axis(axis: Axis, label: str) -> list[str]:
 def _curve(line: Series, across: Axis, up: Axis) -> list[str]:
     placed = [(_n(position(across, x)), _n(position(up, y)), x, y) for x, y in line.points]
     path = " ".join(f"{x},{y}" for x, y, _, _ in placed)
-    radius = 2.2 if len(placed) > 40 else 3
+    radius = 2.2 if len(placed) > 40 else 3 if line.style == "quantized" else 4.2  # a ring around what hides it
     dots = [
         f'<circle class="dot {line.style}" cx="{px}" cy="{py}" r="{radius}">'
         f"<title>{escaped(line.name)}: {number(y)} at {tick_label(x)}</title></circle>"

@@ -29,14 +29,15 @@ p { margin: 6px 0; overflow-wrap: anywhere; }
 .verdict.warn { border-left-color: var(--warn); } .verdict.warn > p:first-child { color: var(--warn); }
 .scroll { overflow-x: auto; margin: 10px 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.93em; }
-th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { padding: 4px 9px; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th.text, td.text { text-align: left; }
 th:first-child, td:first-child { padding-left: 0; }
-td.long { min-width: 17em; text-align: left; }
+td { white-space: nowrap; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 6.5em; }
+.stack td:first-child { min-width: 11em; } .stack td:last-child { min-width: 13em; }
 tr.good td:last-child { color: var(--good); }
-tr.bad td:last-child { color: var(--bad); font-weight: 600; }
-tr.loss td:nth-last-child(2) { color: var(--bad); font-weight: 600; }
+tr.bad td:last-child, tr.loss td:last-child { color: var(--bad); font-weight: 600; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
   gap: 16px 28px; margin: 12px 0; }
 figure { margin: 0; max-width: 560px; min-width: 0; }
@@ -46,7 +47,7 @@ figcaption { font-weight: 600; margin-bottom: 2px; overflow-wrap: anywhere; }
 .key svg { vertical-align: -1px; margin-right: 6px; }
 svg.plot { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
-svg text.label { fill: var(--ink); }
+svg text.label { fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 .axis, .tick { stroke: var(--soft); stroke-width: 1; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .zero { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
@@ -69,7 +70,15 @@ pre { margin: 2px 0 8px; padding: 8px 10px; background: var(--panel); border-rad
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 10px 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 600px) { body { padding: 18px 14px 40px; font-size: 14px; } th, td { padding: 4px 7px; }
+@media (max-width: 600px) { body { padding: 18px 14px 40px; font-size: 14px; }
+  table { font-size: 0.88em; } th, td { padding: 4px 3px; } th:last-child, td:last-child { padding-right: 0; }
+  td { white-space: normal; } .verdict { padding: 10px 12px; }
+  .stack, .stack tbody, .stack tr, .stack td { display: block; } .stack thead { display: none; }
+  .stack tr { padding: 6px 0; border-bottom: 1px solid var(--line); }
+  .stack td { padding: 0; border: 0; text-align: left; min-width: 0 !important; }
+  .stack td:first-child { font-weight: 600; }
+  .stack td:empty { display: none; }
+  .stack td:not(:first-child)::before { content: attr(data-label) ": "; color: var(--soft); font-weight: 400; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 6px; } }
 @media print { body { max-width: none; padding: 0; font-size: 10.5pt; } h2, h3, figcaption { break-after: avoid; }
   figure, tr, .verdict, .answers > div { break-inside: avoid; } .scroll { overflow: visible; }
