@@ -207,7 +207,7 @@ class LanguageModel:
         return answers
 
 
-class _StopStrings(StoppingCriteria):  # type: ignore[misc]
+class _StopStrings(StoppingCriteria):
     """Ends a row once one of the strings is in what was generated; remembers after how many tokens.
 
     Only the last tokens are decoded at each step: as many as the longest string's bytes plus a few, since a token is

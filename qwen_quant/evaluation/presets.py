@@ -30,9 +30,12 @@ SHORT_NAMES: dict[str, tuple[str, ...]] = {
     "ceval": ("ceval-valid",),
     "cmmlu": ("cmmlu",),
     "gsm8k": ("gsm8k",),
-    "humaneval": ("humaneval",),
-    "mbpp": ("mbpp",),
+    "humaneval": ("qq_humaneval",),
+    "mbpp": ("qq_mbpp",),
     "bbh": ("bbh_cot_fewshot",),
+    "vcsum": ("qq_vcsum",),
+    "tool_use": ("qq_tool_react_positive", "qq_tool_react_negative"),
+    "code_interpreter": ("qq_code_interpreter",),
     "math": tuple(f"minerva_math_{kind}" for kind in _MATH_TYPES),
 }
 # Which of a stock task's answers is scored, (metric, filter), where lm-eval's first one is not the usual figure.
@@ -209,6 +212,7 @@ _CHAT = (
         0,
         _PASS_AT_1,
         _QWEN_EVAL + "evaluate_chat_humaneval.py",
+        tasks=("qq_humaneval_chat",),
         chat=True,
     ),
 )

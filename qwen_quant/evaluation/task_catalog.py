@@ -17,7 +17,7 @@ from qwen_quant.evaluation.presets import PRESETS, SHORT_NAMES, STOCK_SCORES, Pr
 from qwen_quant.progress import ProgressFn
 
 # Folders of lm_eval/tasks that hold what presets.SHORT_NAMES and PRESETS name.
-BENCHMARK_FOLDERS = ("mmlu/default", "cmmlu", "ceval", "gsm8k", "bbh/cot_fewshot", "minerva_math", "humaneval", "mbpp")
+BENCHMARK_FOLDERS = ("mmlu/default", "cmmlu", "ceval", "gsm8k", "bbh/cot_fewshot", "minerva_math")
 OWN_TASKS = Path(__file__).parents[1] / "tasks"
 _SUGGESTIONS = 3
 _UNREACHABLE = "unreachable"
@@ -85,14 +85,20 @@ def plan_tasks(names: Sequence[str], preset: str | None, manager: Any) -> list[T
         plans.append(TaskPlan(task.name, leaves, task.settings, task.shots, task.chat, wanted))
     taken = {plan.name for plan in plans}
     for name in dict.fromkeys(names):
-        if name in taken:
-            continue
-        leaves = _all_leaves(manager, SHORT_NAMES.get(name, (name,)))
-        own = all(_is_own(manager, leaf) for leaf in leaves)
-        plans.append(TaskPlan(name, leaves, {}, None, False, None if own else STOCK_SCORES.get(name, ("", ""))))
+        if name not in taken:
+            plans += _named(name, manager)
     if not plans:
         raise InputError("there is no task to run", next_step="give --tasks NAME,... or --preset NAME")
     return plans
+
+
+def _named(name: str, manager: Any) -> list[TaskPlan]:
+    """The plan of one name; our own groups measure different things and so become one plan for each member."""
+    leaves = _all_leaves(manager, SHORT_NAMES.get(name, (name,)))
+    if all(_is_own(manager, leaf) for leaf in leaves):
+        names = (name,) if len(leaves) == 1 else leaves
+        return [TaskPlan(n, (leaf,), {}, None, False, None) for n, leaf in zip(names, leaves, strict=True)]
+    return [TaskPlan(name, leaves, {}, None, False, STOCK_SCORES.get(name, ("", "")))]
 
 
 def _is_own(manager: Any, name: str) -> bool:
@@ -138,7 +144,7 @@ def executing(plans: Sequence[TaskPlan], manager: Any) -> list[str]:
 def load_plans(
     plans: Sequence[TaskPlan], manager: Any, data_dir: Path, seed: int, progress: ProgressFn
 ) -> list[LoadedPlan]:
-    """Read the data of every plan. The working directory must already be `data_dir`.
+    """Read the data of every plan. The working directory must already be `data_dir`, the folder of OWNER/NAME.
 
     In a group, members whose data is not there are left out and named in a warning. Errors: InputError naming the data
     set and the place it belongs to, when none of a plan's tasks can be read.
@@ -216,5 +222,5 @@ def _unreadable(leaf: str, manager: Any, data_dir: Path, why: str) -> InputError
         f"the data set {path}{part} of task '{leaf}' cannot be read",
         why,
         f"provide it as {data_dir / path}/ (its files, and a README.md whose front matter lists configurations and "
-        "splits), give --data-dir DIR where DIR holds OWNER/NAME folders, or connect to the Hub",
+        "splits), give --data-dir DIR where DIR or DIR/hub holds OWNER/NAME, or connect to the Hub",
     )

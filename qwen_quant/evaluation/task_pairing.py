@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,27 +13,8 @@ from qwen_quant.evaluation.significance import (
     paired_bootstrap_difference,
     sign_flip_test,
 )
+from qwen_quant.evaluation.task_scores import TaskScores
 from qwen_quant.results import TaskResult
-
-
-@dataclass(frozen=True, eq=False)
-class TaskScores:
-    """One model's scores of one task.
-
-    Attributes:
-        task: as it was asked for. metric: lm-eval's name, "METRIC,FILTER" where the task filters its answers in several
-            ways, "1 - METRIC" where lower was better. shots: examples in the prompt.
-        item_ids: which items, in order: "TASK/NUMBER/HASH of row, prompt and target".
-        scores: FP64 [items] in 0..1, higher is better.
-        warnings: what a reader should know about this run of this model.
-    """
-
-    task: str
-    metric: str
-    shots: int
-    item_ids: tuple[str, ...]
-    scores: NDArray[np.float64]
-    warnings: tuple[str, ...]
 
 
 def pair_tasks(baseline: dict[str, TaskScores], quantized: dict[str, TaskScores], seed: int) -> tuple[TaskResult, ...]:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from qwen_quant.errors import InputError
@@ -33,16 +32,17 @@ from qwen_quant.evaluation.task_catalog import (
     plan_tasks,
     preset_tasks,
 )
-from qwen_quant.evaluation.task_pairing import TaskScores, pair_tasks
+from qwen_quant.evaluation.task_pairing import pair_tasks
+from qwen_quant.evaluation.task_scores import TaskScores, collect
 from qwen_quant.progress import ProgressFn
 from qwen_quant.runtime.loading import load_model
+from qwen_quant.tasks.rows import ALLOW_CODE_EXECUTION, DATA_DIR, TOKENIZER_DIR
 from qwen_quant.tokenizer import load_tokenizer
 
 __all__ = ["TaskRun", "TaskScores", "harness_model", "pair_tasks", "run_tasks"]
 INSTALL = "pip install 'qwen-quant[eval]'"
 JOURNAL_FILE = "answers.jsonl"
 _CHATTER = ("lm_eval", "datasets", "evaluate", "transformers", "huggingface_hub", "httpx", "filelock", "fsspec")
-_ID_LENGTH = 12
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class TaskRun:
         allow_code_execution: tasks may run code that the model wrote.
         seed: of the choice of few-shot examples, where a task draws them.
         work: folder for finished answers; a run that finds its answers there continues.
-        data_dir: where relative data set paths are looked up before the Hub.
+        data_dir: where data sets are looked up before the Hub, as data_dir/hub/OWNER/NAME or data_dir/OWNER/NAME. The
+            harness runs in that folder, so relative `data_files` of task files are taken from it too.
         by_subject: list the members of a group beside the group.
         offline: never ask the Hub.
     """
@@ -87,7 +88,7 @@ def run_tasks(
         raise InputError(f"--limit is {run.limit}", next_step="use 1 or more")
     folder, work = model_folder.resolve(), run.work.resolve()
     run = replace(run, work=work, data_dir=run.data_dir.resolve())
-    with _surroundings(run):
+    with _surroundings(run, folder):
         plans, manager = _planned(run)
         code = executing(plans, manager)
         if code and not run.allow_code_execution:
@@ -96,7 +97,7 @@ def run_tasks(
                 f"that was not allowed; tasks that do: {', '.join(code)}",
                 "add --allow-code-execution, or leave them out",
             )
-        loaded = load_plans(plans, manager, run.data_dir, run.seed, progress)
+        loaded = load_plans(plans, manager, _hub_folder(run.data_dir), run.seed, progress)
         asker = _Asker(folder, torch.device(device), RequestJournal(work / JOURNAL_FILE), progress)
         scores: dict[str, TaskScores] = {}
         for plan in loaded:
@@ -131,8 +132,8 @@ def _whole_catalog(paths: tuple[Path, ...]) -> Any:
 
 
 @contextlib.contextmanager
-def _surroundings(run: TaskRun) -> Iterator[None]:
-    """Run the harness in data_dir, quietly, with a fresh cache of prepared data sets, offline if asked.
+def _surroundings(run: TaskRun, folder: Path) -> Iterator[None]:
+    """Run the harness in the data folder, quietly, with a fresh cache of prepared data sets, offline if asked.
 
     The cache is new for each run because `datasets` recognises a folder by its name and not by its contents: with a
     lasting one, changed files would silently give the old rows.
@@ -148,7 +149,16 @@ def _surroundings(run: TaskRun) -> Iterator[None]:
     run.work.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="datasets-", dir=run.work))
-        stack.enter_context(contextlib.chdir(run.data_dir))
+        stack.enter_context(contextlib.chdir(_hub_folder(run.data_dir)))
+        stack.enter_context(
+            _environment(
+                {
+                    DATA_DIR: str(run.data_dir),
+                    ALLOW_CODE_EXECUTION: "1" if run.allow_code_execution else "0",
+                    TOKENIZER_DIR: str(folder),
+                }
+            )
+        )
         stack.enter_context(_replaced(datasets.config, "HF_DATASETS_CACHE", Path(cache)))
         stack.enter_context(_replaced(harness, "tqdm", _no_bar))  # it has no switch of its own
         if run.offline:
@@ -156,6 +166,26 @@ def _surroundings(run: TaskRun) -> Iterator[None]:
             stack.enter_context(_replaced(hub, "HF_HUB_OFFLINE", True))
         stack.enter_context(_quiet(datasets))
         yield
+
+
+def _hub_folder(data_dir: Path) -> Path:
+    """The folder that holds OWNER/NAME data sets."""
+    return data_dir / "hub" if (data_dir / "hub").is_dir() else data_dir
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for a while: the switches of qwen_quant/tasks."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _no_bar(items: Any, **_: Any) -> Any:
@@ -249,7 +279,7 @@ def harness_model(asker: Any) -> Any:
     """An lm_eval.api.model.LM whose requests are answered by `asker` (an _Asker, or anything with its methods)."""
     from lm_eval.api.model import LM
 
-    class HarnessModel(LM):  # type: ignore[misc]
+    class HarnessModel(LM):
         """Our loader behind lm-eval's model interface."""
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -297,11 +327,11 @@ def _run_plan(loaded: LoadedPlan, run: TaskRun, asker: _Asker) -> dict[str, Task
         confirm_run_unsafe_code=run.allow_code_execution,
     )
     warnings = (*loaded.warnings, *_length_warning(plan.name, asker), *_penalty_warning(loaded, asker))
-    rows = _collect(plan.name, loaded, results["samples"], warnings)
+    rows = collect(plan.name, loaded, results["samples"], warnings)
     if run.by_subject and len(loaded.tasks) > 1:
         for leaf, task in loaded.tasks.items():
             part = LoadedPlan(replace(plan, name=leaf, leaves=(leaf,)), {leaf: task}, ())
-            rows.update(_collect(leaf, part, results["samples"], ()))
+            rows.update(collect(leaf, part, results["samples"], ()))
     return rows
 
 
@@ -324,66 +354,3 @@ def _penalty_warning(loaded: LoadedPlan, asker: _Asker) -> list[str]:
     return [
         f"{loaded.plan.name}: generation_config.json sets repetition_penalty {penalty}, which applies to its answers"
     ]
-
-
-def _collect(
-    name: str, loaded: LoadedPlan, samples: dict[str, list[dict[str, Any]]], warnings: tuple[str, ...]
-) -> dict[str, TaskScores]:
-    """Rows of one name from lm-eval's logged samples, the members of a group pooled."""
-    first = next(iter(loaded.tasks))
-    wanted = _wanted(loaded, samples[first])
-    several = len({sample["filter"] for sample in samples[first]}) > 1
-    shots = max(int(task.get_config("num_fewshot") or 0) for task in loaded.tasks.values())
-    rows = {}
-    for metric, chosen in wanted:
-        lower = loaded.tasks[first].higher_is_better().get(metric, True) is False
-        label = f"{'1 - ' if lower else ''}{metric}{',' + chosen if several else ''}"
-        ids, values = [], []
-        for leaf in loaded.tasks:
-            for sample in samples[leaf]:
-                if sample["filter"] == chosen and (value := _number(sample.get(metric))) is not None:
-                    ids.append(f"{leaf}/{sample['doc_id']}/{_fingerprint(sample)}")
-                    values.append(1.0 - value if lower else value)
-        scores = np.array(values, dtype=np.float64)
-        if scores.size == 0 or float(scores.min()) < 0 or float(scores.max()) > 1:
-            raise InputError(
-                f"the task '{name}' gives no score between 0 and 1 for every item",
-                f"its metric is {metric}",
-                "leave it out; perplexity is measured by `qwen-quant validate --text`",
-            )
-        key = name if len(wanted) == 1 else f"{name}:{metric}"
-        rows[key] = TaskScores(name, label, shots, tuple(ids), scores, warnings)
-    return rows
-
-
-def _wanted(loaded: LoadedPlan, samples: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(metric, filter) pairs to report: as planned, else the first metric that has a number for each item."""
-    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
-    numeric = [m for m in samples[0]["metrics"] if _number(samples[0].get(m)) is not None]
-    planned = loaded.plan.scores
-    if planned is None:
-        return [(metric, filters[0]) for metric in numeric]
-    if planned[0]:
-        return [(planned[0], planned[1] or filters[0])]
-    better = next(iter(loaded.tasks.values())).higher_is_better()
-    numeric.sort(key=lambda metric: better.get(metric, True) is False)
-    if not numeric:
-        raise InputError(
-            f"the task '{loaded.plan.name}' has no score for each item",
-            f"its metrics are {', '.join(samples[0]['metrics'])}",
-            "leave it out; perplexity is measured by `qwen-quant validate --text`",
-        )
-    return [(numeric[0], filters[0])]
-
-
-def _number(value: Any) -> float | None:
-    """A score as a number, None for anything else (and for NaN: the metric does not apply to this item)."""
-    if isinstance(value, (bool, int, float, np.number, np.bool_)) and not np.isnan(float(value)):
-        return float(value)
-    return None
-
-
-def _fingerprint(sample: dict[str, Any]) -> str:
-    """Which row, prompt and target one sample is."""
-    text = "".join(str(sample[key]) for key in ("doc_hash", "prompt_hash", "target_hash"))
-    return hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
