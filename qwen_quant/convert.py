@@ -45,7 +45,7 @@ from qwen_quant.qwen1_to_qwen2 import (
     qwen2_config,
     qwen2_quantization,
 )
-from qwen_quant.qwen1_tokenizer import EXTRA_VOCABULARY_FILE, VOCABULARY_FILE
+from qwen_quant.qwen1_tokenizer import EXTRA_VOCABULARY_FILE, VOCABULARY_FILE, load_qwen1_tokenizer
 from qwen_quant.recipe import RunConfig
 from qwen_quant.results import to_json
 from qwen_quant.resume import WorkFolder, write_json_atomically
@@ -177,6 +177,7 @@ def _prepare(job: ConvertJob) -> _Ready:
     source = _check_source(job)
     model = meta_model(source.spec)
     check_convertible(model.config, source.spec.config)
+    _check_vocabulary(job.model, model.config.vocab_size)
     expected = expected_tensors(model)
     plan = plan_moves(source.reader, expected, None if source.packed is None else source.packed.bits)
     dtype = source.reader.info(source.spec.family.embedding + ".weight").dtype
@@ -187,6 +188,16 @@ def _prepare(job: ConvertJob) -> _Ready:
     shards = plan_shards(planned, job.run.max_shard_size_bytes)
     lost, work = lost_beyond_length(model.config), WorkFolder(job.out.absolute())
     return _Ready(job, source, plan, config, _quantization_settings(source), lost, parameters, shards, work)
+
+
+def _check_vocabulary(folder: Path, rows: int) -> None:
+    """Every token has a row (InputError otherwise); rows beyond the tokens are padding and are kept."""
+    if (folder / VOCABULARY_FILE).is_file() and len(load_qwen1_tokenizer(folder)) > rows:
+        raise InputError(
+            f"{folder / VOCABULARY_FILE} does not belong to these weights",
+            f"it has more ids than the embedding has rows ({rows})",
+            "put the checkpoint's own tokenizer files beside it",
+        )
 
 
 def _check_targets(plan: Relabelling, config: dict[str, Any], parameters: int) -> None:
