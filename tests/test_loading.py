@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qwen_quant.errors import InputError
-from qwen_quant.runtime.loading import WeightSource, dequantized_by_rows, load_model
+from qwen_quant.runtime.gptq_folder import dequantized_by_rows
+from qwen_quant.runtime.loading import WeightSource, load_model
 from tests.support.artifacts import change_config, make_artifact, rounded
 from tests.support.checkpoints import edit_tensors, make_checkpoint
 
@@ -73,7 +74,7 @@ def test_an_artifact_gives_the_logits_of_its_dequantized_weights(
 
 def test_dequantizing_in_row_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = rounded(torch.randn(96, 64), 4, sym=False)
-    monkeypatch.setattr("qwen_quant.runtime.loading._CHUNK_VALUES", 64 * 7)
+    monkeypatch.setattr("qwen_quant.runtime.gptq_folder._CHUNK_VALUES", 64 * 7)
     assert torch.equal(dequantized_by_rows(weight), weight.dequantized())
 
 
