@@ -36,7 +36,7 @@ def test_a_report_and_itself() -> None:
     assert result.warnings == tuple(f"{which} warned: {text}" for which in "AB" for text in full_result().warnings)
     assert all(row.difference == 0 and row.a == row.b for row in result.rows)
     assert {row.overlap for row in result.rows if row.a_interval} == {True}
-    assert row(result, "failing").a == 1
+    assert row(result, "smoke prompts that fail").a == 1
     # Size, 10 figures a text, 2 a length, 2 a task, the smoke prompts.
     assert len(result.rows) == 1 + 2 * 10 + 6 * 2 + 6 * 2 + 1
 
@@ -184,6 +184,15 @@ def test_the_command_prints_tables_and_warnings(call: Call) -> None:
     ):
         assert words in out
     assert "same way against the same baseline" in call("a/report.json", "a/report.json")[1]
+
+
+def test_lengths_and_tasks_are_one_table_each_and_terminal_codes_are_not_obeyed(call: Call) -> None:
+    _, out, _ = call("a/report.json", "a/report.json")
+    assert out.count("\ncontext lengths\n") == out.count("\nbenchmark tasks\n") == 1
+    assert "  context of 2048 tokens: perplexity ratio " in out and "  gsm8k (exact_match): score - baseline " in out
+    assert "\x1b" not in out and r"\x00\x1b[31m \u202eabc" in out
+    smoke = next(line for line in out.splitlines() if "smoke prompts that fail" in line)
+    assert smoke.split() == ["smoke", "prompts", "that", "fail", "1", "1", "0", "the", "same"]
 
 
 def test_the_command_as_json(call: Call) -> None:

@@ -40,12 +40,15 @@ def compare(first: First, second: Second, json: options.Json = False, quiet: opt
 
 
 def report_parts(result: ComparisonResult) -> tuple[str | Table, ...]:
-    """What is A and what is B, one table for each text, length and task, and the warnings."""
+    """What is A and what is B, one table for each text, one for all lengths, one for all tasks, and the warnings."""
+    from qwen_quant.evaluation.report_numbers import visible
+
     head = f"A: {result.a} (baseline {result.a_baseline})\nB: {result.b} (baseline {result.b_baseline})"
     columns = ("", "A", "B", "B - A", "interval of A", "interval of B", "")
-    scopes = dict.fromkeys(row.scope for row in result.rows)
+    sections = dict.fromkeys(row.section for row in result.rows)
     tables = [
-        Table(scope, columns, tuple(_cells(row) for row in result.rows if row.scope == scope)) for scope in scopes
+        Table(visible(name), columns, tuple(_cells(row) for row in result.rows if row.section == name))
+        for name in sections
     ]
     protocol = (
         "both were measured in the same way against the same baseline"
@@ -53,13 +56,17 @@ def report_parts(result: ComparisonResult) -> tuple[str | Table, ...]:
         else "NOT everything was measured in the same way: see the warnings"
     )
     tail = "intervals that overlap do not prove that two models are equal; each is that of one report on its own"
-    return (head, *tables, *(f"warning: {text}" for text in result.warnings), protocol, tail)
+    return (visible(head), *tables, *(f"warning: {visible(text)}" for text in result.warnings), protocol, tail)
 
 
 def _cells(row: ComparisonRow) -> tuple[str, ...]:
+    from qwen_quant.evaluation.report_numbers import visible
+
+    name = row.metric if row.scope == row.section else f"{row.scope}: {row.metric}"
     values = ("-" if value is None else _figure(value, row.unit) for value in (row.a, row.b))
     change = "-" if row.difference is None else _change(row.difference, row.unit)
-    return (row.metric, *values, change, _span(row.a_interval, row.unit), _span(row.b_interval, row.unit), row.words)
+    spans = (_span(interval, row.unit) for interval in (row.a_interval, row.b_interval))
+    return (visible(name), *values, change, *spans, row.words)
 
 
 def _figure(value: float, unit: str) -> str:
@@ -67,17 +74,18 @@ def _figure(value: float, unit: str) -> str:
 
     if unit == "bytes":
         return format_bytes(value)
+    if unit in ("ratio", "count"):
+        return f"{value:.{0 if unit == 'count' else 4}f}"
     return percent(value) if unit == "share" else number(value)
 
 
 def _change(value: float, unit: str) -> str:
     """A difference with its sign; of shares in percentage points."""
-    from qwen_quant.evaluation.report_numbers import number, points
+    from qwen_quant.evaluation.report_numbers import points
 
     if unit == "share":
         return f"{points(value)} points"
-    sign = "+" if value > 0 else ""
-    return sign + (format_bytes(value) if unit == "bytes" else number(value))
+    return ("+" if value > 0 else "") + _figure(value, unit)
 
 
 def _span(interval: Interval | None, unit: str) -> str:

@@ -16,6 +16,8 @@ from qwen_quant.results import Interval, LengthRow, TaskResult, TextResult, Vali
 
 BASELINE_TOLERANCE = 1e-3  # relative difference of baseline perplexities that rounding and threads can explain
 NOT_COMPARED = "not compared"
+LENGTH_SECTION = "context lengths"
+TASK_SECTION = "benchmark tasks"
 # Fields that say how an item was measured, and what they are called in a warning.
 _LENGTH_PROTOCOL = (("windows", "windows"), ("tokens", "tokens scored"))
 _TEXT_PROTOCOL = (
@@ -35,8 +37,9 @@ class ComparisonRow:
     """One figure of both reports.
 
     Attributes:
-        scope: the text, length or task it belongs to, or "model".
-        metric: its name; unit: "", "nats", "share" (of 1), "bits" or "bytes".
+        section: "model", the text it belongs to, "context lengths" or "benchmark tasks".
+        scope: the text, length or task it belongs to; "model" in the section "model".
+        metric: its name; unit: "", "ratio", "nats", "share" (of 1), "bits", "bytes" or "count".
         a, b: the figures (None where that report has none).
         difference: b - a; None where the two must not be compared.
         a_interval, b_interval: their intervals, where the report has them.
@@ -44,6 +47,7 @@ class ComparisonRow:
         words: the same in words.
     """
 
+    section: str
     scope: str
     metric: str
     unit: str
@@ -92,7 +96,11 @@ _TEXT_METRICS = (
     _Metric("perplexity of the baseline", "", lambda t: t.perplexity.baseline),
     _Metric("perplexity", "", lambda t: t.perplexity.quantized),
     _Metric(
-        "perplexity ratio", "", lambda t: t.perplexity_ratio.estimate, lambda t: t.perplexity_ratio, to_baseline=True
+        "perplexity ratio",
+        "ratio",
+        lambda t: t.perplexity_ratio.estimate,
+        lambda t: t.perplexity_ratio,
+        to_baseline=True,
     ),
     _Metric("bits per byte", "bits", lambda t: t.bits_per_byte_quantized),
     _Metric("KL divergence, mean", "nats", lambda t: t.kl_mean.estimate, lambda t: t.kl_mean, to_baseline=True),
@@ -111,7 +119,7 @@ _TEXT_METRICS = (
 )
 _LENGTH_METRICS = (
     _Metric("perplexity", "", lambda r: r.quantized),
-    _Metric("perplexity ratio", "", lambda r: r.ratio, to_baseline=True),
+    _Metric("perplexity ratio", "ratio", lambda r: r.ratio, to_baseline=True),
 )
 _TASK_METRICS = (
     _Metric("score", "share", lambda t: t.quantized, higher_is_better=True),
@@ -129,7 +137,7 @@ _TASK_METRICS = (
 def compare_reports(a: ValidationResult, b: ValidationResult) -> ComparisonResult:
     """Every figure of two reports side by side, with what keeps them from being compared."""
     warnings: list[str] = []
-    rows = [_plain_row("model", "size", "bytes", float(a.quantized_bytes), float(b.quantized_bytes))]
+    rows = [_exact_row("size of the weights", "bytes", float(a.quantized_bytes), float(b.quantized_bytes))]
     for text_a, text_b in _pair_texts(a.texts, b.texts):
         rows += _compare(text_a, text_b, _TEXT_METRICS, warnings)
     for length_a, length_b in _pair(a.by_length, b.by_length, lambda row: row.window_tokens):
@@ -138,7 +146,7 @@ def compare_reports(a: ValidationResult, b: ValidationResult) -> ComparisonResul
         rows += _compare(task_a, task_b, _TASK_METRICS, warnings)
     if a.smoke and b.smoke:
         failing = [float(sum(bool(case.failures) for case in result.smoke)) for result in (a, b)]
-        rows.append(_plain_row("smoke prompts", "failing", "", failing[0], failing[1]))
+        rows.append(_exact_row("smoke prompts that fail", "count", failing[0], failing[1]))
     return ComparisonResult(
         a.quantized,
         b.quantized,
@@ -245,8 +253,21 @@ def _row(scope: str, metric: _Metric, a: Item | None, b: Item | None, reason: st
         difference = values[1] - values[0]
         overlap = _overlap(intervals[0], intervals[1])
         reason = _words(difference, overlap, metric)
+    section = (
+        LENGTH_SECTION if isinstance(a or b, LengthRow) else TASK_SECTION if isinstance(a or b, TaskResult) else scope
+    )
     return ComparisonRow(
-        scope, metric.name, metric.unit, values[0], values[1], difference, intervals[0], intervals[1], overlap, reason
+        section,
+        scope,
+        metric.name,
+        metric.unit,
+        values[0],
+        values[1],
+        difference,
+        intervals[0],
+        intervals[1],
+        overlap,
+        reason,
     )
 
 
@@ -260,17 +281,17 @@ def _overlap(a: Interval | None, b: Interval | None) -> bool | None:
 
 def _words(difference: float, overlap: bool | None, metric: _Metric) -> str:
     if overlap is None:
-        return "no intervals to compare" if metric.interval is None else "the intervals cannot be compared"
+        return "no interval" if metric.interval is None else "the intervals cannot be compared"
     if overlap:
         return "intervals overlap: not told apart"
     better = "B" if (difference > 0) == metric.higher_is_better else "A"
     return f"intervals do not overlap: {better} is better"
 
 
-def _plain_row(scope: str, metric: str, unit: str, a: float, b: float) -> ComparisonRow:
-    """A count that is exact and has no interval."""
-    words = "the same" if a == b else "exact"
-    return ComparisonRow(scope, metric, unit, a, b, b - a, None, None, None, words)
+def _exact_row(metric: str, unit: str, a: float, b: float) -> ComparisonRow:
+    """A figure of the model that is counted and so has no interval; less is better."""
+    words = "the same" if a == b else f"{'A' if a < b else 'B'} has less"
+    return ComparisonRow("model", "model", metric, unit, a, b, b - a, None, None, None, words)
 
 
 def _remarks(a: ValidationResult, b: ValidationResult) -> list[str]:

@@ -255,7 +255,8 @@ def _task_section(tasks: Sequence[TaskResult]) -> str:
     return (
         f'<h2>Benchmark tasks</h2>\n<div class="plots">{plot}</div>\n'
         f"{_table(headings, rows, marks, kinds='tnnnnnnnt', style='stack')}\n"
-        '<p class="note">Differences are quantized - baseline in percentage points, on the same items. p is from '
+        '<p class="note">Differences are quantized - baseline in percentage points, on the same items, '
+        "with their interval; discordant: items that only the baseline / only the quantized model got right; p is from "
         "McNemar's exact test, or a sign-flip permutation test where the score is not 0 or 1; Holm's correction is "
         "over all tasks of this page.</p>"
     )

@@ -7,15 +7,20 @@ from html import escape
 
 from qwen_quant.results import Interval
 
-# What a browser would drop, or obey by turning the rest of a line around, is shown as its escape.
+# What a browser or a terminal would drop, or obey by turning the rest of a line around, is shown as its escape.
 _CONTROLS = (*range(9), *range(11, 32), *range(0x7F, 0xA0))
 _DIRECTIONS = (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _ESCAPES = {code: f"\\x{code:02x}" for code in _CONTROLS} | {code: f"\\u{code:04x}" for code in _DIRECTIONS}
 
 
+def visible(text: str) -> str:
+    """The text with control and direction characters as their escapes (\\x1b, \\u202e); line ends and tabs stay."""
+    return text.translate(_ESCAPES)
+
+
 def escaped(text: str) -> str:
-    """Any text as HTML text or attribute value; control and direction characters are visible as \\x1b, \\u202e."""
-    return escape(text.translate(_ESCAPES))
+    """Any text as HTML text or attribute value, what it hides made visible."""
+    return escape(visible(text))
 
 
 def number(value: float) -> str:

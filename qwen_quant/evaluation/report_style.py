@@ -81,6 +81,8 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
   .stack td:not(:first-child)::before { content: attr(data-label) ": "; color: var(--soft); font-weight: 400; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 6px; } }
 @media print { body { max-width: none; padding: 0; font-size: 10.5pt; } h2, h3, figcaption { break-after: avoid; }
-  figure, tr, .verdict, .answers > div { break-inside: avoid; } .scroll { overflow: visible; }
+  h2 + p { break-after: avoid; }
+  figure, tr, .verdict, .answers > div { break-inside: avoid; }
+  pre { border: 1px solid var(--line); } .scroll { overflow: visible; }
   .verdict { print-color-adjust: exact; } table { font-size: 0.85em; } th, td { padding: 2px 7px; } }
 """
