@@ -205,13 +205,27 @@ def test_what_the_baseline_does_too_is_only_noted(scripted: Path, damaged: Path,
     assert text.endswith("\n[not counted, the baseline does so too: the answer repeats 5 token(s) over and over]")
 
 
-def test_a_loop_that_only_the_artifact_has_counts_beside_the_baselines_own(scripted: Path, damaged: Path) -> None:
-    base = {**successors(), A + 40: A + 36}  # "i" -> "e": only continuation-en gets there
+def test_a_few_loops_are_only_noted(scripted: Path, damaged: Path) -> None:
+    edit_tensors(damaged, lm_head__weight=head({**successors(), A + 40: A + 36}))  # only "d" gets to "i" -> "e"
+    assert not failures(scripted, damaged)
+    note = (
+        "[not counted, only 1 of 10 answers loop and 0 of the baseline's: the answer repeats 5 token(s) over and over]"
+    )
+    assert cases(scripted, damaged)["continuation-en"].text.splitlines()[1] == note
+
+
+def test_loops_count_beside_a_baseline_that_loops_less(scripted: Path, damaged: Path) -> None:
+    base = {**successors(), A + 40: A + 36}
     edit_tensors(damaged, lm_head__weight=head(base))
     worse = Path(shutil.copytree(damaged, damaged.parent / "worse"))
     edit_tensors(worse, lm_head__weight=head({**base, A + 4: A}))
     found = failures(damaged, worse)
     assert "chat-en" in found and "continuation-en" not in found
+
+
+def test_exclamation_marks_in_one_case_count(scripted: Path, damaged: Path) -> None:
+    edit_tensors(damaged, lm_head__weight=head({**successors(), A + 40: A + 40}))
+    assert failures(scripted, damaged) == {"continuation-en": ("the last 24 tokens are only token 72",)}
 
 
 def test_the_chat_template_is_checked(scripted: Path, damaged: Path) -> None:

@@ -128,8 +128,10 @@ class StreamedModel:
         def maker(layer: int) -> Callable[[], nn.Module]:
             return lambda: skeleton.block(layer, fetch)
 
-        blocks = [_StreamedBlock(inner, maker(layer), finished) for layer, inner in enumerate(decoder.layers)]
-        decoder.layers = nn.ModuleList(blocks)
+        layers_name = source.spec.family.layers_prefix.rsplit(".", 1)[-1]
+        inner = enumerate(getattr(decoder, layers_name))
+        blocks = [_StreamedBlock(block, maker(layer), finished) for layer, block in inner]
+        setattr(decoder, layers_name, nn.ModuleList(blocks))
         decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config).to(device)  # its buffers are not on disk
         setattr(decoder, source.spec.family.final_norm.rsplit(".", 1)[-1], nn.Identity())  # Head normalizes
 
