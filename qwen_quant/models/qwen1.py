@@ -8,7 +8,7 @@ which only inference does:
 - positions are `position_ids` where they are given, as `generate` does: a left-padded row then gets what it would get
   alone. Without them they are slots, padding included, as in the original.
 
-Importing this module registers the classes with AutoConfig, AutoModel and AutoModelForCausalLM.
+Importing this module registers the classes, and the tokenizer, with transformers' Auto classes.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 from qwen_quant.models.qwen1_config import QWenConfig
 from qwen_quant.models.qwen1_layers import QWenAttention, QWenBlock, QWenRMSNorm
 from qwen_quant.models.qwen1_rope import QWenRotaryEmbedding, as_alphas, prefill_alphas
+from qwen_quant.qwen1_auto import register_auto_tokenizer
 
 GivenAlphas = float | Sequence[float] | Tensor
 
@@ -259,6 +260,7 @@ def register() -> None:
     AutoConfig.register(QWenConfig.model_type, QWenConfig, exist_ok=True)
     AutoModel.register(QWenConfig, QWenModel, exist_ok=True)
     AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
+    register_auto_tokenizer(QWenConfig)
 
 
 register()

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # Keys of the published files that decide nothing here: data types come from the weights, kernels from transformers.
 INERT_KEYS = frozenset(
     "activation apply_residual_connection_post_layernorm attn_implementation bf16 bias_dropout_fusion dtype "
-    "experts_implementation fp16 fp32 name_or_path num_labels onnx_safe output_attentions params_dtype "
+    "experts_implementation fp16 fp32 model_type name_or_path num_labels onnx_safe output_attentions params_dtype "
     "per_layer_config pos_emb quantization_config resid_dropout_prob resid_pdrop softmax_in_fp32 tokenizer_class "
     "tokenizer_type torch_dtype use_cache_kernel use_flash_attn".split()
 )

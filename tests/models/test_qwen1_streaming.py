@@ -15,6 +15,7 @@ from qwen_quant.block_solver import _tap
 from qwen_quant.checkpoint.families import model_spec, read_model_spec
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.errors import InputError
+from qwen_quant.evaluation.validate import validate_pair
 from qwen_quant.inspection import inspect_path
 from qwen_quant.models import qwen1_config
 from qwen_quant.models.skeleton import Skeleton
@@ -22,7 +23,7 @@ from qwen_quant.packing import SUFFIXES, unpack_weight
 from qwen_quant.plan import make_plan
 from qwen_quant.preparation import QuantizeJob
 from qwen_quant.progress import no_progress
-from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
+from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig, ValidationConfig
 from qwen_quant.runtime.loading import WeightSource, load_model
 from qwen_quant.sequential import quantize_checkpoint
 from tests.support.checkpoints import edit_tensors, text_file, write_tokenizer
@@ -134,13 +135,10 @@ def map_infos(folder: Path) -> list:
 
 def test_validate(folder: Path, artifact: Path) -> None:
     """The two models streamed against each other are closer than two unrelated ones and not equal."""
-    from qwen_quant.evaluation.validate import score_pair
-
-    windows = torch.randint(0, 259, (3, 48), generator=torch.Generator().manual_seed(2))
-    sources = (WeightSource(folder), WeightSource(artifact))
-    kl = score_pair(sources, windows, torch.device("cpu"), no_progress).kl
-    same = score_pair((sources[0], sources[0]), windows, torch.device("cpu"), no_progress).kl
-    assert 0 < float(kl.mean()) < 1 and float(same.abs().max()) < 1e-6
+    text = text_file(folder.parent / "evaluation.txt")
+    config = ValidationConfig(texts=(str(text),), window_tokens=48, max_windows=3, smoke=False, device="cpu")
+    found = [validate_pair(folder, other, config, no_progress).texts[0].divergence for other in (artifact, folder)]
+    assert 0 < found[0].kl_mean < 1 and abs(found[1].kl_mean) < 1e-6
 
 
 def test_first_release_folder(folder: Path, tmp_path: Path) -> None:
