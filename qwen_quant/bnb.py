@@ -1,8 +1,8 @@
 """bitsandbytes' 4-bit (NF4, FP4) and 8-bit weights as dense FP32 matrices, without bitsandbytes.
 
 4 bit.  The weight [out, in] is flattened row by row; every `blocksize` consecutive values (64 by default, the last
-block may be short) share one absmax. A value is an index into a table of 16 (`quant_map`), and two indices make a byte, the
-first in the high four bits:
+block may be short) share one absmax. A value is an index into a table of 16 (`quant_map`), and two indices make a
+byte, the first in the high four bits:
 
     packed      uint8 [ceil(out * in / 2), 1], or those bytes viewed as another dtype (bnb_4bit_quant_storage)
     absmax      FP32  [blocks]
