@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from qwen_quant.evaluation.scoring import lcs_length
+from qwen_quant.evaluation.fuzzy import plain, weighted_ratio
 
 LETTERS = ("A", "B", "C", "D")
 _LETTER = "([ABCD])"
@@ -68,22 +68,10 @@ def ceval_choice(response: str, question: str, options: Mapping[str, str]) -> st
 
 
 def most_similar(response: str, options: Mapping[str, str]) -> str:
-    """The last resort: the option with the highest 2 * LCS / (both lengths) to the response, the first of equals.
-
-    Letters and digits only, lower case.  Qwen's scripts ask thefuzz's weighted ratio here, which this equals when the lengths
-    are within a factor 1.5 and the word order agrees; it decides only when no letter stands alone anywhere.
-    """
-    wanted = _plain(response)
-
-    def similarity(letter: str) -> float:
-        text = _plain(options[letter])
-        return 2 * lcs_length(wanted, text) / max(1, len(wanted) + len(text))
-
-    return max(LETTERS, key=similarity)
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\W", " ", text).lower().strip()
+    """The last resort: the option most similar to the response (`fuzzy.weighted_ratio`), the first of equals."""
+    wanted = plain(response)
+    # Rounded, so that equals are equal whatever order their floating-point terms came in.
+    return max(LETTERS, key=lambda letter: round(weighted_ratio(wanted, plain(options[letter])), 9))
 
 
 def _longest_first(options: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ LIMITS = SandboxLimits(wall_seconds=60, cpu_seconds=45, memory_bytes=4 << 30)
 
 
 def questions(**_: Any) -> dict[str, Any]:
-    """Questions with their labels (JSON text of name -> value) and table path, as split `test`."""
+    """Questions with their labels (JSON text of name -> value), as split `test`."""
     require_code_execution("qq_code_interpreter")
     path = data_file(QUESTIONS)
     labels = {row["id"]: dict(row["common_answers"]) for row in read_rows(data_file(LABELS))}
@@ -35,7 +35,7 @@ def questions(**_: Any) -> dict[str, Any]:
         if row["id"] not in labels:
             raise InputError(f"{path}: question {row['id']} has no label", next_step="replace dabench_labels.jsonl")
         row["labels"] = json.dumps(labels[row["id"]])
-        row["table"] = str(data_file(f"{TABLES}/{row['file_name']}"))
+        data_file(f"{TABLES}/{row['file_name']}")  # missing tables are found before the model runs
     return as_splits(test=rows)
 
 
@@ -50,7 +50,8 @@ def prompt(doc: Row) -> str:
 
 
 def run_answer(doc: Row, code: str) -> SandboxResult:
-    """Runs a program beside the question's table."""
+    """Runs a program beside the question's table (InputError unless that is allowed)."""
+    require_code_execution("qq_code_interpreter")
     return run_code(code, limits=LIMITS, files=[data_file(f"{TABLES}/{doc['file_name']}")])
 
 

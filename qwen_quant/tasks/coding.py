@@ -22,6 +22,7 @@ SHOT_IDS = (2, 3, 4)  # of MBPP's ten prompt rows, the stock task's three
 
 
 def _pass_at_1(program: str) -> dict[str, float]:
+    require_code_execution("pass@1")  # here too: where it runs is where permission counts
     # Not "__main__": a chat model's demonstration under `if __name__ == "__main__"` is not part of the answer.
     result = run_code(program, limits=SandboxLimits(), module_name="solution")
     return {"pass@1": float(result.status == "passed")}
