@@ -1,4 +1,4 @@
-"""The sandbox against what generated code does by accident or on purpose. Small limits, and nothing here can hang for long."""
+"""The sandbox against what generated code does by accident or on purpose, under small limits."""
 
 from __future__ import annotations
 

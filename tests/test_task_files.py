@@ -1,4 +1,4 @@
-"""Our task files: rows, refusals and scores on small rows of our own, and (where lm-eval is installed) the harness itself."""
+"""Our task files: rows, refusals and scores on rows of our own, and (where lm-eval is installed) the harness."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The chosen letter in a chat model's answer to a multiple-choice question, read as first-generation Qwen's scripts read it.
+"""The letter a chat model's reply to a multiple-choice question chooses, as first-generation Qwen's scripts read it.
 
-Two readers: English (evaluate_chat_mmlu.py) and Chinese (evaluate_chat_ceval.py), both of github.com/QwenLM/Qwen, eval/,
-commit 2df8e8a.  Each first replaces the options' texts in the response by their letters, then tries rules from the most
-explicit to "the first letter that stands alone", and at last takes the option most similar to the response.  The rules are
-part of the protocol: another reader gives another score for the same model.
+Two readers: English (evaluate_chat_mmlu.py) and Chinese (evaluate_chat_ceval.py), both of github.com/QwenLM/Qwen,
+eval/, commit 2df8e8a.  Each first replaces the options' texts in the response by their letters, then tries rules from
+the most explicit to "the first letter that stands alone", and at last takes the option most similar to the response.
+The rules are part of the protocol: another reader gives another score for the same model.
 """
 
 from __future__ import annotations

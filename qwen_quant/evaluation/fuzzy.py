@@ -78,7 +78,7 @@ def _stretch_ratio(short: str, long: str) -> float:
 
 
 def stretch_words_ratio(first: Sequence[str], second: Sequence[str]) -> float:
-    """1 when the texts share a word, else the best stretch ratio of their sorted words, each once or as often as there."""
+    """1 when the texts share a word, else the best stretch ratio of their sorted words, repeated or once each."""
     shared, only_first, only_second = _split(first, second)
     if shared:
         return 1.0

@@ -4,16 +4,18 @@ What holds (`SandboxResult.isolation` says how, since not every kernel gives eve
 
 - time: wall seconds for the whole run, CPU seconds per process; at the limit everything it started is killed;
 - memory: address space per process (RLIMIT_AS); no core dumps; size of any one file; number of processes and threads;
-- network: none.  An empty network namespace, or, where the kernel refuses one, a Python audit hook that forbids sockets to
-  connect or bind and forbids starting processes at all;
-- files: everything but the run's own temporary folder and its own /dev/shm is read-only (mount namespace), or Python-level
-  writes elsewhere raise (audit hook); folders that usually hold credentials look empty (mount namespace only);
+- network: none.  An empty network namespace, or, where the kernel refuses one, a Python audit hook that forbids
+  sockets to connect or bind and forbids starting processes at all;
+- files: everything but the run's own temporary folder and its own /dev/shm is read-only (mount namespace), or
+  Python-level writes elsewhere raise (audit hook); folders that usually hold credentials look empty (mount namespace
+  only);
 - environment: nothing of the caller's, so no tokens; hash seeds are fixed, so that a run repeats;
 - as root, the program is another, unprivileged user.
 
 It protects against accidents and simple attacks.  It is not a security boundary: the kernel's system calls are all
-reachable, what the user may read can be read, sockets that are files (for example a container engine's under /run) can be
-reached where their permissions allow, and the limit of memory is per process.  For hostile code use a virtual machine.
+reachable, what the user may read can be read, sockets that are files (for example a container engine's under /run)
+can be reached where their permissions allow, and the limit of memory is per process.  For hostile code use a virtual
+machine.
 """
 
 from __future__ import annotations

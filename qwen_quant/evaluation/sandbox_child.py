@@ -1,12 +1,13 @@
 """The supervising process of `sandbox.py`: started as a script, it jails and runs one program and reports in JSON.
 
-It is never imported by the package and imports only the standard library, because it runs with an empty environment and
-in the jail's own working folder.  Input: one JSON job on stdin (see `sandbox.job_of`).  Output: one JSON object on stdout
-(see `sandbox.read_report`).
+It is never imported by the package and imports only the standard library, because it runs with an empty environment
+and in the jail's own working folder.  Input: one JSON job on stdin (see `sandbox.job_of`).  Output: one JSON object
+on stdout (see `sandbox.read_report`).
 
-Two processes.  The supervisor (this script) makes the namespaces and mounts, forks the program, keeps the tails of its
-output, and kills it at the wall limit.  The program is process 1 of a process-id namespace, so that the kernel kills all
-it started, whatever it did to signals or sessions, when it ends.  Root becomes an own, unused user id first.
+Two processes.  The supervisor (this script) makes the namespaces and mounts, forks the program, keeps the tails of
+its output, and kills it at the wall limit.  The program is process 1 of a process-id namespace, so that the kernel
+kills all it started, whatever it did to signals or sessions, when it ends.  Root becomes an own, unused user id
+first.
 
 System call numbers and constants are those of linux/sched.h, linux/mount.h, linux/prctl.h and linux/capability.h.
 """
@@ -170,7 +171,7 @@ def set_limits(job: Job) -> None:
 
 
 def set_process_limit(processes: int, namespaced: bool) -> None:
-    """RLIMIT_NPROC counts per user and user namespace: there the supervisor is one more, elsewhere all the user's are."""
+    """RLIMIT_NPROC counts per user and user namespace: the supervisor is one more, or all that the user runs."""
     others = 1 if namespaced else sum(_tasks_of(os.geteuid()))
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
     value = processes + others if hard == resource.RLIM_INFINITY else min(processes + others, hard)
@@ -211,8 +212,8 @@ def install_audit_hook(folder: str) -> None:
 def run_program(job: Job, report_fd: int) -> None:
     """Executes the code as module `module_name` and writes one line of JSON to `report_fd` when it ends by itself.
 
-    The line names how it ended: finished, raised (type, message) or exit (code).  A process that the code forked and that
-    runs to the end of the code reports nothing.
+    The line names how it ended: finished, raised (type, message) or exit (code).  A process that the code forked and
+    that runs to the end of the code reports nothing.
     """
     program = os.getpid()
     module = types.ModuleType(job["module_name"])

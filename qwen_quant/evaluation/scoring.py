@@ -34,8 +34,8 @@ class RougeL:
 def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Length of a longest common subsequence.
 
-    One big integer holds a row of the dynamic programme, a zero bit where the row rises (Hyyro 2004, "Bit-parallel LCS-length
-    computation revisited"), so n x m costs m additions of n-bit numbers.
+    One big integer holds a row of the dynamic programme, a zero bit where the row rises (Hyyro 2004, "Bit-parallel
+    LCS-length computation revisited"), so n x m costs m additions of n-bit numbers.
     """
     positions: dict[Hashable, int] = {}
     for index, token in enumerate(first):
@@ -49,7 +49,7 @@ def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
 
 
 def rouge_l(reference: Sequence[Hashable], generated: Sequence[Hashable]) -> RougeL:
-    """ROUGE-L of token sequences (Lin 2004, with beta = 1 as the rouge_score package has it); all 0 when one is empty."""
+    """ROUGE-L of token sequences (Lin 2004, with beta = 1 as in the rouge_score package); all 0 when one is empty."""
     common = lcs_length(reference, generated)
     if not common:
         return RougeL(0.0, 0.0, 0.0)
@@ -60,8 +60,8 @@ def rouge_l(reference: Sequence[Hashable], generated: Sequence[Hashable]) -> Rou
 def mixed_tokens(text: str) -> list[str]:
     """Each Chinese or Japanese character, each run of other letters and digits, and each punctuation mark is a token.
 
-    Case is kept and nothing is stemmed.  It needs no segmenter: where LongBench cuts Chinese with jieba first, a word of two
-    characters weighs one there and two here, so the scores are not comparable with LongBench's.
+    Case is kept and nothing is stemmed.  It needs no segmenter: where LongBench cuts Chinese with jieba first, a word
+    of two characters weighs one there and two here, so the scores are not comparable with LongBench's.
     """
     return _MIXED.findall(_CJK.sub(r" \1 ", text))
 
@@ -86,9 +86,9 @@ class ReActCall:
 
 
 def parse_react(response: str) -> ReActCall:
-    """The first tool call of a response, cut as Qwen's evaluate_plugin.py cuts it; empty fields where a mark is missing.
+    """The first tool call of a response, cut as Qwen's evaluate_plugin.py cuts it; empty where a mark is missing.
 
-    (That script slices with -1 for a missing mark, which leaves text that is no JSON and no tool's name: nothing scores.)
+    (That script slices with -1 for a missing mark; what is left is neither JSON nor a tool's name and scores nothing.)
     """
     _, found, rest = response.partition("Action:")
     action, has_input, _ = rest.partition("Action Input:")
@@ -202,7 +202,7 @@ def mbpp_program(code: str, setup: str, tests: Sequence[str]) -> str:
 
 def named_answers(text: str) -> dict[str, str]:
     """Answers written as @name[value], the last of equal names: DABench's format (InfiAgent eval_closed_form.py)."""
-    return {name: value for name, value in re.findall(r"@(\w+)\[(.*?)\]", text)}
+    return dict(re.findall(r"@(\w+)\[(.*?)\]", text))
 
 
 def answer_is_right(given: str | None, label: str) -> bool:

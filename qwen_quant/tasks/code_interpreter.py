@@ -1,13 +1,13 @@
 """Questions about a table that the model answers by writing Python (InfiAgent DABench, closed form).
 
-The model gets the question, the constraints, the answer format and the table's name, and writes one program; the sandbox runs
-it with the table beside it, and the answers it prints as @name[value] are compared with the labels as DABench's
-eval_closed_form.py compares them.  DABench lets an agent see outputs and try again and has another model rewrite the
-answer; here there is one program and no second look, so scores are not comparable with DABench's.
+The model gets the question, the constraints, the answer format and the table's name, and writes one program; the
+sandbox runs it with the table beside it, and the answers it prints as @name[value] are compared with the labels as
+DABench's eval_closed_form.py compares them.  DABench lets an agent see outputs and try again and has another model
+rewrite the answer; here there is one program and no second look, so scores are not comparable with DABench's.
 
-`executable_rate` is the share of programs that run to their end (the first-generation Qwen cards' first number for their own
-set), `accuracy` the share of questions with every answer right, `accuracy_by_sub_question` the mean share of right answers.
-The data (CC BY-NC 4.0) is read where it lies and never copied into this package.
+`executable_rate` is the share of programs that run to their end (the first-generation Qwen cards' first number for
+their own set), `accuracy` the share of questions with every answer right, `accuracy_by_sub_question` the mean share
+of right answers. The data (CC BY-NC 4.0) is read where it lies and never copied into this package.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def questions(**_: Any) -> dict[str, Any]:
 def prompt(doc: Row) -> str:
     """The request for one program."""
     return (
-        f"Write one Python program that answers a question about the table in the file `{doc['file_name']}` (in the current "
-        "directory; pandas, numpy, scipy and scikit-learn are installed). The program must print the answer in exactly the "
-        "format given. Reply with the program in a single ```python block and nothing else.\n\n"
+        f"Write one Python program that answers a question about the table in the file `{doc['file_name']}` (in the "
+        "current directory; pandas, numpy, scipy and scikit-learn are installed). The program must print the answer in "
+        "exactly the format given. Reply with the program in a single ```python block and nothing else.\n\n"
         f"Question: {doc['question']}\n\nConstraints: {doc['constraints']}\n\nAnswer format: {doc['format']}\n"
     )
 

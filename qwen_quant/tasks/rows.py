@@ -2,8 +2,8 @@
 
 Environment variables, set by whoever runs the tasks:
 
-    QWEN_QUANT_DATA_DIR              folder with `hub/`, `tooluse/` and `codeinterp/` as in the project's data; default: the
-                                     current directory.  It may also be that `hub/`.
+    QWEN_QUANT_DATA_DIR              folder with `hub/`, `tooluse/` and `codeinterp/` as in the project's data (or that
+                                     `hub/` itself); default: the current directory
     QWEN_QUANT_ALLOW_CODE_EXECUTION  1 lets tasks execute the code that the model wrote (`--allow-code-execution`)
     QWEN_QUANT_TOKENIZER_DIR         checkpoint folder whose tokenizer cuts text for scores that depend on it
 """

@@ -1,9 +1,9 @@
 """VCSUM: one summary of a whole Chinese meeting transcript, asked as LongBench asks it.
 
-Scored with ROUGE-L (F-measure) over single Chinese characters, runs of other letters and digits, and punctuation marks.
-LongBench cuts words with jieba and uses another ROUGE package, and how the cards of first-generation Qwen cut VCSUM was not
-published, so absolute values are comparable between models scored here only.  A transcript longer than the model's
-window is cut by the harness, from its start.
+Scored with ROUGE-L (F-measure) over single Chinese characters, runs of other letters and digits, and punctuation
+marks. LongBench cuts words with jieba and uses another ROUGE package, and how the cards of first-generation Qwen cut
+VCSUM was not published, so absolute values are comparable between models scored here only.  A transcript longer than
+the model's window is cut by the harness, from its start.
 """
 
 from __future__ import annotations

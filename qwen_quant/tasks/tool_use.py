@@ -1,11 +1,11 @@
 """Tool use in ReAct form, scored as Qwen's evaluate_plugin.py scores it.
 
-Positive rows (a tool fits): `action_right_rate` (the right tool was called) and `action_input_rouge` (ROUGE-L of the tool's
-input).  Negative rows (none fits): `false_positive_rate` (any tool was called).  That script lets the model go on after
-"Observation:"; here it stops there, since nothing after the first one is scored.
+Positive rows (a tool fits): `action_right_rate` (the right tool was called) and `action_input_rouge` (ROUGE-L of the
+tool's input).  Negative rows (none fits): `false_positive_rate` (any tool was called).  That script lets the model go
+on after "Observation:"; here it stops there, since nothing after the first one is scored.
 
-ROUGE is over the tokens of QWEN_QUANT_TOKENIZER_DIR's tokenizer, as in that script; where that is not set, over characters
-and words (`scoring.mixed_tokens`), which a warning says.
+ROUGE is over the tokens of QWEN_QUANT_TOKENIZER_DIR's tokenizer, as in that script; where that is not set, over
+characters and words (`scoring.mixed_tokens`), which a warning says.
 """
 
 from __future__ import annotations
