@@ -1,4 +1,4 @@
-"""Scoring functions against first-generation Qwen's own results (tests/golden/README.md), slow ones and hand-computed ones."""
+"""Scoring functions against what first-generation Qwen's scripts give, slow answers and hand-computed ones."""
 
 from __future__ import annotations
 
