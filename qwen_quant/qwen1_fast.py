@@ -6,8 +6,8 @@ Bytes are written in GPT-2's printable alphabet.  The special tokens are matched
 that U+0338 after a `>` (which NFC joins to U+226F) takes the surface form apart in both.
 
 One difference is left, as in every tokenizer.json of the Qwen2 family: the NFC of `tokenizers` 0.23 follows an older
-Unicode, without 98 rare combining marks (U+07FD, U+0898 .. U+089F, U+1ABF ...) that Python 3.11 puts in order when several
-stand on one letter.  Text that is in NFC already is encoded alike in any case.
+Unicode, without 98 rare combining marks (U+07FD, U+0898 .. U+089F, U+1ABF ...) that Python 3.11 puts in order when
+several stand on one letter.  Text that is in NFC already is encoded alike in any case.
 """
 
 from __future__ import annotations

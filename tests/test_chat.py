@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from qwen_quant.chat import (
@@ -45,6 +43,13 @@ def test_every_golden_context(tokenizer: Qwen1Tokenizer) -> None:
 def test_golden_contexts_cut_the_history() -> None:
     cut = [c for c in GOLDEN["contexts"] if c["chat_format"] == "chatml" and c["history"]]
     assert any(c["raw_text"].count("<|im_start|>assistant\n") <= len(c["history"]) for c in cut)
+
+
+def test_a_turn_that_just_fills_the_window_is_left_out(tokenizer: Qwen1Tokenizer) -> None:
+    """System block without text: 4 tokens; a turn of two one-token messages: 2 * (line break, start, role, line break, text, end)."""
+    kept = make_context(tokenizer, "c", [("a", "b")], max_window_size=4 + 12 + 1)
+    assert "a<|im_end|>" in kept.text
+    assert "a<|im_end|>" not in make_context(tokenizer, "c", [("a", "b")], max_window_size=4 + 12).text
 
 
 def test_chat_ids_are_those_of_make_context(tokenizer: Qwen1Tokenizer) -> None:
@@ -96,7 +101,3 @@ def test_malformed_chats(tokenizer: Qwen1Tokenizer, messages: list) -> None:
 def test_unknown_format(tokenizer: Qwen1Tokenizer) -> None:
     with pytest.raises(UsageError, match="chat format"):
         make_context(tokenizer, "a", chat_format="alpaca")
-
-
-def test_tests_need_no_shared_folder() -> None:
-    assert Path(__file__).parent.joinpath("golden/qwen1/chat.json").is_file()
