@@ -92,8 +92,15 @@ class GptqLinears:
         return dequantized_by_rows(self.quantized(base))
 
     def parts(self, name: str) -> set[str]:
-        """Names of the tensors that may stand for weight `name`."""
-        return {f"{name.removesuffix('.weight')}.{suffix}" for suffix in SUFFIXES}
+        """Names of the tensors that may stand for weight `name`.
+
+        A bias of zeros is one of them: AutoGPTQ of 2023 wrote one for every packed linear, wanted by the model or not.
+        """
+        base = name.removesuffix(".weight")
+        found, bias = {f"{base}.{suffix}" for suffix in SUFFIXES}, f"{base}.bias"
+        if f"{base}.qweight" in self.reader and bias in self.reader and not bool(self.reader.read(bias).any()):
+            found.add(bias)
+        return found
 
     def quantized(self, base: str) -> QuantizedWeight:
         """The codes and grid of linear `base`. Errors: InputError for a tensor that is missing or misshapen."""
