@@ -46,7 +46,7 @@ def test_golden_contexts_cut_the_history() -> None:
 
 
 def test_a_turn_that_just_fills_the_window_is_left_out(tokenizer: Qwen1Tokenizer) -> None:
-    """System block without text: 4 tokens; a turn of two one-token messages: 2 * (line break, start, role, line break, text, end)."""
+    """4 tokens open the chat; each one-token message takes line break, start, role, line break, itself, end."""
     kept = make_context(tokenizer, "c", [("a", "b")], max_window_size=4 + 12 + 1)
     assert "a<|im_end|>" in kept.text
     assert "a<|im_end|>" not in make_context(tokenizer, "c", [("a", "b")], max_window_size=4 + 12).text
