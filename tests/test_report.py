@@ -28,7 +28,7 @@ from qwen_quant.evaluation.report_plots import (
     linear_ticks,
     log_ticks,
 )
-from qwen_quant.results import Interval, ValidationResult, to_json
+from qwen_quant.results import GateOutcome, Interval, ValidationResult, to_json
 from tests.support.browser import Page, open_browser
 from tests.support.full_report import HOSTILE, full_layers, full_result
 
@@ -135,14 +135,15 @@ def test_writing_replaces_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     report, page = write_report(full_result(), tmp_path)
     before = report.read_bytes(), page.read_bytes()
 
-    def fail(descriptor: int) -> None:
+    def fail(*arguments: object) -> None:
         raise OSError("the disk is on fire")
 
-    monkeypatch.setattr(report_module.os, "fsync", fail)
-    with pytest.raises(OSError, match="on fire"):
-        write_report(EMPTY, tmp_path)
-    assert (report.read_bytes(), page.read_bytes()) == before
-    assert len(list(tmp_path.iterdir())) == 2
+    for function in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="on fire"):
+            patch.setattr(report_module.os, function, fail)
+            write_report(EMPTY, tmp_path)
+        assert (report.read_bytes(), page.read_bytes()) == before
+        assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_place_that_cannot_hold_a_report(tmp_path: Path) -> None:
@@ -288,6 +289,15 @@ def test_every_plot_is_there() -> None:
     assert dots == 2 * 64 + 12 + 6 + 2 * 7 * 24
 
 
+def test_blocks_are_whole_numbers() -> None:
+    page = render_html(EMPTY, full_layers(4))
+    plot = page[page.index("self_attn.q_proj") :].split("</figure>")[0]
+    assert re.findall(r'text-anchor="middle">([^<]*)<', plot) == ["0", "1", "2", "3", "block"]
+    page = render_html(EMPTY, full_layers(1))
+    plot = page[page.index("self_attn.q_proj") :].split("</figure>")[0]
+    assert re.findall(r'text-anchor="middle">([^<]*)<', plot) == ["0", "block"]
+
+
 def test_sections_without_data_are_left_out() -> None:
     assert sections(render_html(EMPTY, ())) == ["This run"]
     assert "<svg" not in render_html(EMPTY, ())
@@ -307,8 +317,16 @@ def test_the_verdict_comes_first_in_words() -> None:
     assert "Overridden: 1 of 3 gates failed" in overridden and "a &lt;b&gt; trial" in overridden
     assert '<div class="verdict warn">' in overridden
     held = render_html(dataclasses.replace(result, gates=result.gates[::2]), ())
-    assert "Passed: all 2 gates held." in held and '<div class="verdict good">' in held
-    assert "No gate was set" in render_html(EMPTY, ())
+    assert (
+        "Passed: all 2 gates held. A loss was detected, within the limits." in held
+        and '<div class="verdict good">' in held
+    )
+    assert "No limit was set" in render_html(EMPTY, ())
+    smoke = dataclasses.replace(result, gates=(GateOutcome("smoke prompts that fail", 0.0, 0.0, True),))
+    assert "The smoke prompts pass. No limit was set for any metric" in render_html(smoke, ())
+    assert "Passed" not in render_html(smoke, ()).split("<h2>")[0]
+    fine = dataclasses.replace(result, gates=result.gates[:1], texts=(), tasks=())
+    assert "Passed: the one gate held.</p>" in render_html(fine, ())
     assert "Smoke prompts: 3 of 4 pass (failing: loop)" in failed
     assert "loss: mmlu_abstract_algebra" in failed
 
@@ -360,6 +378,18 @@ def test_points_lie_where_their_values_are() -> None:
     dots = [float(x) for x in re.findall(r'cx="([\d.]+)"', plot)]
     assert dots[0] < zero < dots[1] and (zero - dots[0]) * 3 == pytest.approx(dots[1] - zero, abs=0.1)
     assert line_chart(dataclasses.replace(chart, series=())) == "" and forest_plot("t", "x", []) == ""
+
+
+def test_the_forest_plot_shows_the_intervals_of_the_tasks() -> None:
+    page = render_html(dataclasses.replace(EMPTY, tasks=full_result().tasks[:2]), ())
+    rows = re.findall(
+        r'<line class="whisker [\w-]+" x1="([\d.]+)" x2="([\d.]+)" y1="([\d.]+)" y2="\3"/>.*?cx="([\d.]+)"', page
+    )
+    (low, high, _, middle), (lower, _, _, other) = ([float(v) for v in row] for row in rows)
+    points_wide = (high - low) / 5.0  # 2.5 points to either side
+    assert middle == pytest.approx((low + high) / 2, abs=0.02)
+    assert middle - other == pytest.approx(4.5 * points_wide, abs=0.05)  # -1.6 and -6.1 points
+    assert other - lower == pytest.approx(2.5 * points_wide, abs=0.05)
 
 
 def test_numbers_for_people() -> None:

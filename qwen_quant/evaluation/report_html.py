@@ -20,11 +20,21 @@ from qwen_quant.evaluation.report_numbers import (
     span,
     whole,
 )
-from qwen_quant.evaluation.report_plots import Chart, ForestRow, Series, forest_plot, legend, line_chart, value_range
+from qwen_quant.evaluation.report_plots import (
+    Chart,
+    ForestRow,
+    Series,
+    forest_plot,
+    legend,
+    line_chart,
+    linear_ticks,
+    value_range,
+)
 from qwen_quant.evaluation.report_style import STYLE
 from qwen_quant.results import GateOutcome, LayerStats, SmokeCase, TaskResult, TextResult, ValidationResult
 from qwen_quant.units import format_bytes, format_seconds
 
+SMOKE_WORD = "smoke prompts"  # in the name of the gate that every validation has
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?")
@@ -106,21 +116,30 @@ def _header(result: ValidationResult) -> str:
 
 def _verdict(result: ValidationResult) -> str:
     """The answer first: gates in words, then what each text, the tasks and the smoke prompts say."""
-    failed = [gate for gate in result.gates if not gate.passed]
-    style, headline = "good", f"Passed: {_all(len(result.gates), 'gate')} held."
-    if not result.gates:
-        style, headline = "", "No gate was set: this page measures and does not decide."
-    elif failed:
-        names = ", ".join(gate.name for gate in failed)
-        style, headline = "bad", f"Failed: {len(failed)} of {len(result.gates)} gates ({names})."
-        if result.override_reason:
-            style, headline = "warn", f"Overridden: {len(failed)} of {len(result.gates)} gates failed ({names})."
+    style, headline = _headline(result)
     reason = (
         f"<p>Reason given for the override: {escaped(result.override_reason)}</p>" if result.override_reason else ""
     )
     said = "".join(f"<li>{escaped(line)}</li>" for line in _findings(result))
     listed = f"<ul>{said}</ul>" if said else ""
     return f'<div class="verdict {style}"><p>{escaped(headline)}</p>{reason}{_gate_table(result.gates)}{listed}</div>'
+
+
+def _headline(result: ValidationResult) -> tuple[str, str]:
+    """(class, the verdict in one sentence): a page without limits on its metrics never says that they passed."""
+    failed = [gate for gate in result.gates if not gate.passed]
+    if failed:
+        count = f"{len(failed)} of {len(result.gates)} gates"
+        names = ", ".join(gate.name for gate in failed)
+        if result.override_reason:
+            return "warn", f"Overridden: {count} failed ({names})."
+        return "bad", f"Failed: {count} ({names})."
+    if all(SMOKE_WORD in gate.name for gate in result.gates):
+        smoke = "The smoke prompts pass. " if result.gates else ""
+        return "", f"{smoke}No limit was set for any metric: this page measures and does not decide."
+    lost = [item for item in (*result.texts, *result.tasks) if item.verdict.word == "loss"]
+    note = " A loss was detected, within the limits." if lost else ""
+    return "good", f"Passed: {_all(len(result.gates), 'gate')} held.{note}"
 
 
 def _all(count: int, noun: str) -> str:
@@ -280,13 +299,15 @@ def _layer_section(layers: Sequence[LayerStats]) -> str:
         kinds.setdefault(kind, []).append((float(block), layer))
     errors = [e for layer in layers for e in (layer.relative_error, layer.rounding_error) if 0 < e < float("inf")]
     limits = value_range(errors, log=True) if errors else None
+    last = max(block for members in kinds.values() for block, _ in members)
+    ticks = tuple(tick for tick in linear_ticks(0, max(last, 1), 6) if tick == int(tick))
     plots, curves = [], (Series("plain rounding", "rounding", ()), Series("this artifact", "quantized", ()))
     for kind, members in kinds.items():
         members.sort(key=lambda member: member[0])
         plain = replace(curves[0], points=tuple((block, s.rounding_error) for block, s in members))
         ours = replace(curves[1], points=tuple((block, s.relative_error) for block, s in members))
-        chart = Chart(kind, "block", "relative error", (plain, ours), log_y=True, y_range=limits, own_legend=False)
-        plots.append(line_chart(chart))
+        chart = Chart(kind, "block", "relative error", (plain, ours), log_y=True, y_range=limits, x_ticks=ticks)
+        plots.append(line_chart(replace(chart, own_legend=False)))
     return (
         f'<h2>Error of each layer</h2>\n<p class="note">Relative error of the layer\'s output on the calibration text, '
         "sqrt(tr(dW H dW^T) / tr(W H W^T)), of this artifact and of plain min-max rounding on the same Hessian; "

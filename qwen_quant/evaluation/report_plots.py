@@ -196,7 +196,7 @@ def _x_axis(axis: Axis, chart: Chart) -> list[str]:
     chosen = log_ticks(axis.low, axis.high) if axis.log else linear_ticks(axis.low, axis.high, 6)
     parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>']
     last = -math.inf
-    for tick in chart.x_ticks or chosen:
+    for tick in (tick for tick in chart.x_ticks or chosen if axis.low <= tick <= axis.high):
         at = position(axis, tick)
         parts.append(f'<line class="tick" x1="{_n(at)}" x2="{_n(at)}" y1="{y}" y2="{y + 4}"/>')
         if at - last >= _ROOM_OF_A_TICK:
