@@ -133,7 +133,7 @@ def test_golden_tables() -> None:
 
 def test_left_padded_rows_get_what_they_get_alone(model: QWenLMHeadModel) -> None:
     """Rows on both sides of S = 32 in one batch, through generate: same logits at every step as without padding."""
-    rows = [prompt(1, tokens, tokens)[0] for tokens in (70, 40, 12)]
+    rows = [prompt(1, tokens, tokens).clamp(min=1)[0] for tokens in (70, 40, 12)]  # 0 is the padding
     ids, mask = left_padded(rows)
     settings = {
         "do_sample": False,
@@ -150,6 +150,17 @@ def test_left_padded_rows_get_what_they_get_alone(model: QWenLMHeadModel) -> Non
             assert float((batched.logits[step][k] - logits[0]).abs().max()) < TOLERANCE
 
 
+@pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 16}])
+def test_beams_of_padded_rows(settings: dict[str, Any], model: QWenLMHeadModel) -> None:
+    """Reordering a cache between beams leaves every row its own NTK factor."""
+    rows = [prompt(1, tokens, tokens).clamp(min=1)[0] for tokens in (70, 36, 9)]  # 0 is the padding
+    ids, mask = left_padded(rows)
+    settings = {**settings, "num_beams": 3, "do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+    batched = model.generate(ids, attention_mask=mask, **settings)
+    for k, row in enumerate(rows):
+        assert batched[k, 70:].tolist() == model.generate(row[None], **settings)[0, len(row) :].tolist()
+
+
 def test_chunked_prefill_is_the_whole_prefill(model: QWenLMHeadModel) -> None:
     short, long = prompt(2, 30), prompt(2, 75)
     with torch.no_grad():
@@ -161,7 +172,7 @@ def test_chunked_prefill_is_the_whole_prefill(model: QWenLMHeadModel) -> None:
 
 
 def test_generation_in_chunks_past_the_trained_length(model: QWenLMHeadModel) -> None:
-    ids, mask = left_padded([prompt(1, 70)[0], prompt(1, 37)[0]])
+    ids, mask = left_padded([prompt(1, 70).clamp(min=1)[0], prompt(1, 37)[0]])
     settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     whole = model.generate(ids, **settings)
