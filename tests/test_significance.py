@@ -116,9 +116,9 @@ def test_blocks_are_windows_stretches_or_joined_windows() -> None:
 
 def test_one_million_tokens_take_under_two_seconds() -> None:
     values = np.random.default_rng(0).standard_normal((1000, 1000))
-    started = time.perf_counter()
+    started = time.process_time()
     block_bootstrap(values, seed=0)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_the_seed_decides_everything() -> None:

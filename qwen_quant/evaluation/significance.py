@@ -98,8 +98,8 @@ def block_bootstrap(
     - 8 to 1024 windows: each is one block; beyond that neighbouring windows are joined into at most 1024 blocks;
     - under 8 windows: each is cut into the fewest consecutive stretches of equal length (within one token) that give 8
       blocks. What differs between windows as wholes (an easy and a hard document) is then only partly seen: where that
-      doubles the variance, 1, 2 and 4 windows hold the truth in 70 to 86, 81 to 87 and 87 to 90 of 100 runs. A text of under 512 tokens gives
-      stretches of under 64, whose neighbours depend on each other, and its interval is optimistic too.
+      doubles the variance, 1, 2 and 4 windows hold the truth in 70 to 86, 81 to 87 and 87 to 90 of 100 runs. A
+      text of under 512 tokens gives stretches of under 64, whose neighbours depend on each other: optimistic too.
 
     Whole windows are kept from 8 on: cutting 8 windows in two would cover 91 where they differ, and 8 blocks cover 95,
     at the price of an interval that is a sixth wider. Values that are all equal give an interval of no width.
