@@ -137,8 +137,8 @@ def _headline(result: ValidationResult) -> tuple[str, str]:
     if all(SMOKE_WORD in gate.name for gate in result.gates):
         smoke = "The smoke prompts pass. " if result.gates else ""
         return "", f"{smoke}No limit was set for any metric: this page measures and does not decide."
-    lost = [item for item in (*result.texts, *result.tasks) if item.verdict.word == "loss"]
-    note = " A loss was detected, within the limits." if lost else ""
+    words = [text.verdict.word for text in result.texts] + [task.verdict.word for task in result.tasks]
+    note = " A loss was detected, within the limits." if "loss" in words else ""
     return "good", f"Passed: {_all(len(result.gates), 'gate')} held.{note}"
 
 
