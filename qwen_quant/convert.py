@@ -171,9 +171,7 @@ def _quantization_settings(source: WeightSource) -> dict[str, Any] | None:
 
 def _prepare(job: ConvertJob) -> _Ready:
     """Read and check everything; nothing is written."""
-    check_output(job.out, force=job.run.force)
-    if job.model.resolve().is_relative_to(job.out.resolve()):
-        raise InputError(f"OUT {job.out} holds MODEL", "replacing it would delete the source", "give another OUT")
+    check_output(job.out, force=job.run.force, source=job.model)
     source = _check_source(job)
     model = meta_model(source.spec)
     check_convertible(model.config, source.spec.config)

@@ -70,8 +70,10 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_output(out: Path, *, force: bool) -> None:
-    """OUT may be built: absent or to be replaced, and its parent writable (InputError otherwise)."""
+def check_output(out: Path, *, force: bool, source: Path | None = None) -> None:
+    """OUT may be built: absent or to be replaced, not around `source`, its parent writable (else InputError)."""
+    if source is not None and source.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"OUT {out} holds MODEL", "replacing it would delete the source", "give another OUT")
     if out.exists() and not force:
         raise InputError(
             f"{out} exists",
@@ -111,7 +113,7 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 def prepare(job: QuantizeJob, *, writing: bool = True) -> Prepared:
     """Read and check everything a run needs; nothing is written. `writing` is False for a mere plan."""
     if writing:
-        check_output(job.out, force=job.run.force)
+        check_output(job.out, force=job.run.force, source=job.model)
     spec = read_model_spec(job.model)
     if "quantization_config" in spec.config or (job.model / QUANTIZE_CONFIG_FILE).is_file():
         raise InputError(

@@ -247,6 +247,14 @@ def test_existing_output(model: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_force_never_replaces_the_source(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "in" / "model")
+    for out in (model, tmp_path / "in"):
+        with pytest.raises(InputError, match="holds MODEL"):
+            quantize(model, out, force=True)
+    assert (model / "model.safetensors").is_file()
+
+
 def test_the_audit_catches_a_planted_omission(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sequential.quantize_block
 

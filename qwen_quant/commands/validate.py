@@ -61,6 +61,8 @@ Preset = Annotated[
 TasksDir = Annotated[list[Path] | None, typer.Option("--tasks-dir", help="folder of your own task files")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="where task data lies for use without network")]
 Limit = Annotated[int | None, typer.Option("--limit", help="only the first items of each task (all)")]
+BySubject = Annotated[bool, typer.Option("--by-subject", help="list the members of a group of tasks beside it")]
+Offline = Annotated[bool, typer.Option("--offline", help="never ask the Hub for task data")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code-execution", help="let code that the model wrote run, in a sandboxed process")
 ]
@@ -96,6 +98,8 @@ def validate(
     tasks_dir: TasksDir = None,
     data_dir: DataDir = None,
     limit: Limit = None,
+    by_subject: BySubject = False,
+    offline: Offline = False,
     allow_code_execution: AllowCode = False,
     max_kl: MaxKl = None,
     max_perplexity_ratio: MaxRatio = None,
@@ -167,7 +171,9 @@ def validate(
             allow_code_execution=allow_code_execution,
             seed=config.seed,
             work=work,
-            data_dir=data_dir,
+            data_dir=data_dir or Path(),
+            by_subject=by_subject,
+            offline=offline,
         )
     elif max_task_drop is not None:
         raise typer.BadParameter("it needs --tasks or --preset", param_hint="'--max-task-drop'")

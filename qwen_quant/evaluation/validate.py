@@ -32,7 +32,8 @@ from qwen_quant.runtime.loading import WeightSource
 from qwen_quant.tokenizer import Tokenizer, load_tokenizer
 
 RUN_FILE = "run.json"
-_MUST_AGREE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+_MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers")
+_SAME_FUNCTION = ({"qwen", "qwen2"},)  # what `convert` re-labels
 _MAX_LENGTH_KEYS = ("max_position_embeddings", "seq_length", "n_positions")
 
 
@@ -49,7 +50,9 @@ class _Parts:
 
 def _check_pair(baseline: WeightSource, quantized: WeightSource) -> None:
     """Both are the same architecture and vocabulary (InputError naming the first difference)."""
-    for key in _MUST_AGREE:
+    types = [str(source.spec.config.get("model_type")) for source in (baseline, quantized)]
+    alike = len(set(types)) == 1 or set(types) in _SAME_FUNCTION
+    for key in _MUST_AGREE if alike else ("model_type", *_MUST_AGREE):
         left, right = baseline.spec.config.get(key), quantized.spec.config.get(key)
         if left != right:
             raise InputError(
