@@ -179,7 +179,7 @@ def validate(
         raise typer.BadParameter("it needs --tasks or --preset", param_hint="'--max-task-drop'")
     with running(output) as progress:
         result = measure((source.path, target.path), config, run, progress, work=work)
-    _finish(result, gates, (folder, work), output, override_gates or "")
+    _finish(result, gates, (folder, work, target.path), output, override_gates or "")
 
 
 def _lengths(long_context: bool, lengths: str | None) -> tuple[int, ...] | None:
@@ -226,14 +226,14 @@ def measure(
 
 
 def _finish(
-    result: ValidationResult, gates: GateConfig, places: tuple[Path, Path], output: Output, reason: str
+    result: ValidationResult, gates: GateConfig, places: tuple[Path, Path, Path], output: Output, reason: str
 ) -> None:
-    """Gates, files, what is printed, exit code; `places` are the report's folder and the work folder."""
+    """Gates, files, what is printed, exit code; `places` are the report's folder, the work folder and the artifact."""
     from qwen_quant.evaluation.gates import check_gates, with_gates
-    from qwen_quant.evaluation.report import write_report
+    from qwen_quant.evaluation.report import layers_of, write_report
 
     result = with_gates(result, gates, reason)
-    data, page = write_report(result, places[0])
+    data, page = write_report(result, places[0], layers_of(places[2]))
     shutil.rmtree(places[1], ignore_errors=True)
     error: GateError | None = None
     try:
