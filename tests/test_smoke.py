@@ -143,6 +143,7 @@ def test_nan_weights(scripted: Path, damaged: Path, streamed: bool, monkeypatch:
     edit_tensors(damaged, model__layers__1__mlp__down_proj__weight=weight)
     found = failures(scripted, damaged)
     assert found == {prompt.name: ("the logits of new token 1 are not finite",) for prompt in PROMPTS}
+    assert failures(damaged, damaged) == found  # never forgiven
 
 
 def test_nan_in_one_prompt_leaves_the_others_alone(scripted: Path, damaged: Path) -> None:
@@ -190,7 +191,12 @@ def test_replacement_characters(scripted: Path, damaged: Path) -> None:
     continuation_bytes = {94 + step: 95 + step for step in range(8)} | {102: IM_END}
     edit_tensors(damaged, lm_head__weight=head({**successors(), A: 94, **continuation_bytes}))
     found = failures(scripted, damaged)
-    assert found["question-zh"] == ("the answer holds 9 replacement character(s) (U+FFFD)",)
+    words = "the answer holds 9 replacement character(s) (U+FFFD)"
+    assert found["question-zh"] == (words,)
+    baseline = Path(shutil.copytree(scripted, damaged.parent / "baseline"))
+    edit_tensors(baseline, lm_head__weight=head({**successors(), A + 40: 94, **continuation_bytes}))  # one case only
+    case = cases(baseline, damaged)["question-zh"]
+    assert not case.failures and case.text.endswith(f"[not counted, the baseline has such answers: {words}]")
 
 
 def test_half_a_character_at_the_limit_is_no_damage(scripted: Path, damaged: Path) -> None:
