@@ -23,7 +23,7 @@ DEFAULT_MAX_LENGTH = 2048
 DEFAULT_NEW_TOKENS = 256
 # Padded tokens in one batch of forward passes; rows in one batch of generation.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-GENERATION_ROWS = {"cpu": 8, "cuda": 32}
+GENERATION_ROWS = {"cpu": 4, "cuda": 32}
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _GREEDY_SETTINGS = {"until", "do_sample", "temperature", "top_p", "top_k", *_NEW_TOKENS}
 
