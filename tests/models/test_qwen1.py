@@ -243,7 +243,7 @@ def test_fine_tuning_lowers_the_loss() -> None:
         loss = model(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
 
 
