@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from qwen_quant.bnb import NestedAbsmax, decode_absmax, dequantize_4bit, dequantize_int8
 from qwen_quant.errors import InputError
+from qwen_quant.evaluation.streaming import final_hidden
+from qwen_quant.models.skeleton import Skeleton
 from qwen_quant.runtime.loading import WeightSource, load_model
 from tests.support.artifacts import change_config
 
@@ -201,3 +203,17 @@ def test_another_type_than_config_json_says(copied) -> None:
     change_config(folder, quantization_config={**settings, "bnb_4bit_quant_type": "fp4"})
     with pytest.raises(InputError, match="config.json says that its linears are bitsandbytes fp4"):
         WeightSource(folder).dense(K_PROJ + ".weight")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_streaming_block_by_block_runs_the_dense_weights(case: str) -> None:
+    """What `validate` does with a folder: its final states are those of the whole dequantized model."""
+    source = WeightSource(GOLDEN / case)
+    windows = torch.arange(40).view(2, 20) % 32
+    store = final_hidden(source, Skeleton(source.spec, torch.device("cpu"), torch.float32), windows, lambda: None)
+    decoder = load_model(GOLDEN / case).get_decoder()
+    decoder.norm = torch.nn.Identity()
+    with torch.no_grad():
+        expected = decoder(windows, use_cache=False).last_hidden_state
+    assert torch.allclose(store.load(0, 2), expected, rtol=1e-4, atol=1e-5)
+    store.close()
