@@ -13,10 +13,10 @@ import pytest
 
 from qwen_quant.errors import InputError
 from qwen_quant.evaluation import sandbox
-from qwen_quant.evaluation.sandbox import SandboxLimits, SandboxResult, credential_folders, run_code
+from qwen_quant.evaluation.sandbox import SandboxLimits, SandboxResult, credential_folders, probe_isolation, run_code
 
-LIMITS = SandboxLimits(wall_seconds=10, cpu_seconds=5, memory_bytes=512 << 20, file_bytes=1 << 20, processes=8)
-HOOK = SandboxLimits(wall_seconds=10, cpu_seconds=5, memory_bytes=512 << 20, processes=8, namespaces=False)
+LIMITS = SandboxLimits(wall_seconds=60, cpu_seconds=5, memory_bytes=512 << 20, file_bytes=1 << 20, processes=8)
+HOOK = SandboxLimits(wall_seconds=60, cpu_seconds=5, memory_bytes=512 << 20, processes=8, namespaces=False)
 BOTH = pytest.mark.parametrize("limits", [LIMITS, HOOK], ids=["namespaces", "hook"])
 
 
@@ -59,12 +59,17 @@ def _processes_with(word: str) -> list[str]:
     return found
 
 
+def test_the_isolation_can_be_asked_for_beforehand() -> None:
+    assert probe_isolation(HOOK).network.startswith("audit hook")
+    assert probe_isolation(LIMITS) == run("pass").isolation
+
+
 @BOTH
 def test_a_program_that_ends_passes_with_its_output(limits: SandboxLimits) -> None:
     result = run("import sys\nprint('哈 out')\nprint('err', file=sys.stderr)", limits)
     assert (result.status, result.detail, result.truncated) == ("passed", "", False)
     assert (result.stdout, result.stderr) == ("哈 out\n", "err\n")
-    assert 0 < result.seconds < 5
+    assert 0 < result.seconds < LIMITS.wall_seconds
 
 
 def test_an_exception_fails_and_names_itself_and_its_line() -> None:
@@ -93,7 +98,7 @@ def test_a_forked_child_that_reaches_the_end_is_no_pass() -> None:
 
 @BOTH
 def test_an_endless_loop_hits_the_cpu_limit(limits: SandboxLimits) -> None:
-    shorter = SandboxLimits(wall_seconds=20, cpu_seconds=1, namespaces=limits.namespaces)
+    shorter = SandboxLimits(wall_seconds=120, cpu_seconds=1, namespaces=limits.namespaces)
     result = run("while True: pass", shorter)
     assert (result.status, result.detail) == ("timed out", "CPU limit of 1 s")
 
@@ -103,7 +108,7 @@ def test_sleeping_hits_the_wall_limit(limits: SandboxLimits) -> None:
     started = time.monotonic()
     result = run("import time; time.sleep(60)", SandboxLimits(wall_seconds=0.5, namespaces=limits.namespaces))
     assert (result.status, result.detail) == ("timed out", "wall limit of 0.5 s")
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 30  # on a busy machine too
 
 
 def test_ignoring_every_signal_does_not_help() -> None:
@@ -159,7 +164,7 @@ def test_a_fork_bomb_stays_within_the_process_limit(namespaces: None) -> None:
     result = run(code)
     assert result.status == "passed"
     assert 1 <= int(result.stdout) <= LIMITS.processes
-    assert result.seconds < 10  # the sleeping children did not hold it up
+    assert result.seconds < 25  # the children's 30 s of sleep did not hold it up
 
 
 def test_without_namespaces_starting_processes_is_forbidden() -> None:

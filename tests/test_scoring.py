@@ -166,6 +166,14 @@ def test_a_repeated_question_is_read_as_the_answer() -> None:
     assert choices.ceval_choice(response, row["question"], options) == "D"
 
 
+def test_longer_options_are_replaced_first() -> None:
+    english = {"A": "seven", "B": "seventeen", "C": "eight", "D": "nine"}
+    assert choices.mmlu_choice("seventeen", english) == "B"
+    chinese = {"A": "可靠", "B": "不可靠", "C": "有序", "D": "无序"}
+    assert choices.ceval_choice("不可靠", "它____。", chinese) == "B"
+    assert choices.mmlu_choice("The answer is not A, choose C", english) == "C"
+
+
 # Values of rapidfuzz 3.14.6 fuzz.WRatio with utils.default_process (what thefuzz 0.22.1 calls), divided by 100.
 WEIGHTED = [
     ("the north door", "the south door", 0.857142857),

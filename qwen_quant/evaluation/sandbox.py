@@ -46,7 +46,7 @@ class SandboxLimits:
     """What one run may use.
 
     Args:
-        wall_seconds: from the program's start to its end.
+        wall_seconds: from the program's start to its end; far above cpu_seconds, so that a busy machine fails no one.
         cpu_seconds: user and system time per process, rounded up to whole seconds.
         memory_bytes: address space per process.
         file_bytes: any one written file, and all of /dev/shm.
@@ -55,7 +55,7 @@ class SandboxLimits:
         namespaces: False uses the audit hook even where the kernel gives namespaces.
     """
 
-    wall_seconds: float = 15.0
+    wall_seconds: float = 60.0
     cpu_seconds: float = 10.0
     memory_bytes: int = 2 << 30
     file_bytes: int = 64 << 20
@@ -131,6 +131,11 @@ def job_of(code: str, limits: SandboxLimits, module_name: str, folder: Path) -> 
     """What the supervisor is told: the limits by name, `code`, `module_name` and `hidden` (folders to cover)."""
     hidden = [str(path) for path in credential_folders(os.environ) if path not in folder.resolve().parents]
     return asdict(limits) | {"code": code, "module_name": module_name, "hidden": hidden}
+
+
+def probe_isolation(limits: SandboxLimits) -> Isolation:
+    """What would keep a program in on this machine: runs an empty one (InputError when no sandbox can be set up)."""
+    return run_code("", limits=limits).isolation
 
 
 def credential_folders(environment: Mapping[str, str]) -> list[Path]:

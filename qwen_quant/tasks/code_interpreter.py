@@ -22,7 +22,7 @@ from qwen_quant.tasks.rows import Row, as_splits, data_file, read_rows, require_
 
 QUESTIONS, LABELS, TABLES = "codeinterp/dabench_questions.jsonl", "codeinterp/dabench_labels.jsonl", "codeinterp/tables"
 FIELDS = ("id", "question", "constraints", "format", "file_name")
-LIMITS = SandboxLimits(wall_seconds=60, cpu_seconds=45, memory_bytes=4 << 30)
+LIMITS = SandboxLimits(wall_seconds=180, cpu_seconds=45, memory_bytes=4 << 30)
 
 
 def questions(**_: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """HumanEval and MBPP: prompts and shots of the harness's own tasks, scored in our sandbox; pass@1 of one greedy answer.
 
 The stock tasks score with `evaluate.load("code_eval")`, a script that has to be fetched and that runs code with no
-more than a time limit.  Ours differ from it in the limits (15 s wall, 10 s CPU, 2 GiB) and in one rule: code that
+more than a time limit.  Ours differ from it in the limits (60 s wall, 10 s CPU, 2 GiB) and in one rule: code that
 ends its process before the tests have run fails.  MBPP rows with set-up code get it (the stock task leaves it out).
 """
 
