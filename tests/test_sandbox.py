@@ -276,6 +276,11 @@ def test_huge_output_is_drained_and_its_end_kept(limits: SandboxLimits) -> None:
     assert len(result.stdout) == 1000 and result.stdout.endswith("the end\n")
 
 
+def test_a_kill_well_before_the_cpu_limit_is_not_called_a_timeout() -> None:
+    result = run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", HOOK)
+    assert (result.status, result.detail) == ("failed", "killed by SIGKILL")
+
+
 def test_a_crash_of_the_interpreter_fails() -> None:
     result = run("import ctypes; ctypes.string_at(0)")
     assert (result.status, result.detail) == ("failed", "killed by SIGSEGV")
