@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -466,11 +467,21 @@ def test_errors_say_what_to_do(folder: Path, tmp_path: Path, monkeypatch: Any) -
     assert "no task to run" in fails()
     assert "not a folder" in fails("tiny_choice", tasks_dirs=(place / "none",))
     assert "--limit" in fails("tiny_choice", limit=0)
+    (place / "bad.yaml").write_text(CHOICE.replace("tiny_choice", "tiny_bad") + "no_such_key: 1\n")
+    assert "bad.yaml" in fails("tiny_bad")
     sampled = WRITE.replace("tiny_write", "tiny_sampled").replace(
         "do_sample: false, temperature: 0.0", "do_sample: true"
     )
     (place / "sampled.yaml").write_text(sampled, encoding="utf-8")
     assert "sampled answers" in fails("tiny_sampled")
+
+
+def test_without_the_extra_the_error_names_it(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.api.task", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError) as caught:
+        run_tasks(folder, a_run(data_folder(tmp_path / "d"), "tiny_choice"), "cpu", no_progress)
+    assert "qwen-quant[eval]" in caught.value.next_step
 
 
 @needs_harness

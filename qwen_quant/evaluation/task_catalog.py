@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from qwen_quant.errors import InputError
 from qwen_quant.evaluation.presets import PRESETS, SHORT_NAMES, STOCK_SCORES, PresetTask
 from qwen_quant.progress import ProgressFn
@@ -197,6 +199,10 @@ def _load_leaf(leaf: str, plan: TaskPlan, manager: Any) -> tuple[Any, tuple[str,
         return None, (_UNREACHABLE, _first_line(error))
     except (OSError, ValueError, KeyError) as error:
         return None, (_MISSING, _first_line(error))
+    except (TypeError, AttributeError, IndexError, AssertionError, TemplateError) as error:
+        raise InputError(
+            f"the task '{leaf}' cannot be set up", _first_line(error), f"check {manager.task_index[leaf].yaml_path}"
+        ) from error
     task = loaded["tasks"][leaf]
     if task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
