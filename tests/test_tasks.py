@@ -422,6 +422,12 @@ def test_a_group_names_its_missing_members_and_lists_subjects_if_asked(folder: P
     got = run_tasks(folder, a_run(place, "tiny_group", limit=3), "cpu", no_progress)
     assert set(got) == {"tiny_group"} and len(got["tiny_group"].scores) == 3
     assert any("tiny_absent" in warning and "1 of 2" in warning for warning in got["tiny_group"].warnings)
+    (place / "second.yaml").write_text(CHOICE.replace("tiny_choice", "tiny_second"))
+    (place / "both.yaml").write_text("group: tiny_both\ntask: [tiny_choice, tiny_second]\n")
+    got = run_tasks(folder, a_run(place, "tiny_both", limit=3, by_subject=True), "cpu", no_progress)
+    assert list(got) == ["tiny_both", "tiny_choice", "tiny_second"]
+    assert got["tiny_both"].item_ids == got["tiny_choice"].item_ids + got["tiny_second"].item_ids
+    assert len(set(got["tiny_both"].item_ids)) == 6 and not got["tiny_both"].warnings
 
 
 @needs_harness
