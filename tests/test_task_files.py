@@ -137,6 +137,8 @@ def test_mbpp_scores(data: Path) -> None:
     assert coding.score_mbpp(row, [row["code"] + "\n"]) == {"pass@1": 1.0}
     assert coding.score_mbpp(row, ["def add(x):\n  return x"]) == {"pass@1": 0.0}
     assert coding.score_mbpp_chat(row, [f"```python\n{row['code']}\n```"]) == {"pass@1": 1.0}
+    demonstration = f"{row['code']}\nif __name__ == '__main__':\n  raise SystemExit"
+    assert coding.score_mbpp(row, [demonstration]) == {"pass@1": 1.0}
     needy = row | {"test_setup_code": "zero = 0", "test_list": ["assert add(zero) == 11"]}
     assert coding.score_mbpp(needy, [row["code"]]) == {"pass@1": 1.0}
 
@@ -207,10 +209,12 @@ def test_the_harness_runs_the_task(name: str, data: Path) -> None:
     from lm_eval.tasks import TaskManager
 
     prompts: list[str] = []
+    stops: list[list[str]] = []
 
     class Canned(LM):  # type: ignore[misc]
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             prompts.extend(request.args[0] for request in requests)
+            stops.extend(request.args[1]["until"] for request in requests)
             return [ANSWERS[name](request.doc) for request in requests]
 
         def loglikelihood(self, requests: Any) -> Any:
@@ -226,6 +230,7 @@ def test_the_harness_runs_the_task(name: str, data: Path) -> None:
     expected = 0.0 if name == "qq_tool_react_negative" else 1.0
     assert {key: value for key, value in scores.items() if "stderr" not in key}.values()
     assert all(value == expected for key, value in scores.items() if "stderr" not in key), scores
+    assert ("Observation:" in stops[0]) is name.startswith("qq_tool_react")
     if name == "qq_mbpp":  # three shots, then the question
         assert [prompts[0].index(f"adds {number}.") for number in (2, 3, 4, 11)] == sorted(
             prompts[0].index(f"adds {number}.") for number in (2, 3, 4, 11)
