@@ -178,7 +178,7 @@ def _role(spec: ModelSpec, name: str, linears: frozenset[str]) -> str:
         return "output head"
     if part == "bias":
         return "biases"
-    return "normalization" if base.endswith("norm") else "other"
+    return "normalization" if "normalization" in (spec.keep_reason(name) or "") else "other"
 
 
 def _classes(spec: ModelSpec, reader: CheckpointReader) -> tuple[TensorClass, ...]:

@@ -167,6 +167,7 @@ class SmokeCase:
         text: what came back. tokens: how many. stopped: whether a stop token ended it.
         baseline_text: what the baseline said (empty when it was not asked).
         failures: what is wrong with it, in words; empty when it passes.
+        notes: what was seen and not counted, and why; a limit on the answer.
     """
 
     name: str
@@ -177,6 +178,7 @@ class SmokeCase:
     stopped: bool
     baseline_text: str
     failures: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def test_replacement_characters(scripted: Path, damaged: Path) -> None:
     baseline = Path(shutil.copytree(scripted, damaged.parent / "baseline"))
     edit_tensors(baseline, lm_head__weight=head({**successors(), A + 40: 94, **continuation_bytes}))  # one case only
     case = cases(baseline, damaged)["question-zh"]
-    assert not case.failures and case.text.endswith(f"[not counted, the baseline has such answers: {words}]")
+    assert not case.failures and case.notes == (f"not counted, the baseline has such answers: {words}",)
 
 
 def test_half_a_character_at_the_limit_is_no_damage(scripted: Path, damaged: Path) -> None:
@@ -207,17 +207,15 @@ def test_half_a_character_at_the_limit_is_no_damage(scripted: Path, damaged: Pat
 def test_what_the_baseline_does_too_is_only_noted(scripted: Path, damaged: Path, tmp_path: Path) -> None:
     edit_tensors(damaged, lm_head__weight=head({**successors(), A + 4: A}))
     assert not failures(damaged, damaged)
-    text = cases(damaged, damaged)["chat-en"].text
-    assert text.endswith("\n[not counted, the baseline does so too: the answer repeats 5 token(s) over and over]")
+    notes = cases(damaged, damaged)["chat-en"].notes
+    assert notes == ("not counted, the baseline does so too: the answer repeats 5 token(s) over and over",)
 
 
 def test_a_few_loops_are_only_noted(scripted: Path, damaged: Path) -> None:
     edit_tensors(damaged, lm_head__weight=head({**successors(), A + 40: A + 36}))  # only "d" gets to "i" -> "e"
     assert not failures(scripted, damaged)
-    note = (
-        "[not counted, only 1 of 10 answers loop and 0 of the baseline's: the answer repeats 5 token(s) over and over]"
-    )
-    assert cases(scripted, damaged)["continuation-en"].text.splitlines()[1] == note
+    note = "not counted, only 1 of 10 answers loop and 0 of the baseline's: the answer repeats 5 token(s) over and over"
+    assert cases(scripted, damaged)["continuation-en"].notes == (note,)
 
 
 def test_loops_count_beside_a_baseline_that_loops_less(scripted: Path, damaged: Path) -> None:
@@ -242,7 +240,7 @@ def test_the_chat_template_is_checked(scripted: Path, damaged: Path) -> None:
     set_template(damaged, CHAT_TEMPLATE)
     assert failures(scripted, damaged)["chat-en"] == ("the chat template does not write '<|im_start|>assistant'",)
     assert not failures(damaged, damaged)
-    assert "not write '<|im_start|>assistant'" in cases(damaged, damaged)["chat-en"].text
+    assert "not write '<|im_start|>assistant'" in cases(damaged, damaged)["chat-en"].notes[0]
     set_template(damaged, TEMPLATE.replace("m['content']", "m['content'] + '.'"))
     assert failures(scripted, damaged)["chat-en"] == ("the chat template gives another prompt than the baseline's",)
     set_template(damaged, "{{ raise_exception('no system messages') }}")
@@ -294,7 +292,7 @@ def test_streaming_limits_the_tokens_and_says_so(scripted: Path, monkeypatch: py
     source = WeightSource(scripted)
     found = smoke_cases(source, source, CPU, lambda *step: seen.append(step))
     assert not any(case.failures for case in found)
-    assert all(case.text.endswith("[limited to 12 new tokens: the model is streamed from disk]") for case in found)
+    assert all(case.notes[-1] == "limited to 12 new tokens: the model is streamed from disk" for case in found)
     assert max(case.tokens for case in found) == 12
     assert seen[0] == ("generating with scripted", 0, 24) and seen[-1] == ("generating with scripted", 24, 24)
 

@@ -11,7 +11,7 @@ def report_parts(result: ValidationResult) -> tuple[str | Table, ...]:
     """Every section of the report that has something in it."""
     parts: list[str | Table] = []
     for text in result.texts:
-        parts += [protocol(text), comparison_table(result, text), f"{text.verdict.word}: {text.verdict.text}"]
+        parts += [protocol(text), comparison_table(result, text), text.verdict.text]
     if result.by_length:
         rows = tuple(
             (f"{r.window_tokens}", f"{r.windows}", f"{r.baseline:.3f}", f"{r.quantized:.3f}", f"{r.ratio:.4f}")

@@ -351,6 +351,7 @@ def _smoke_case(case: SmokeCase) -> str:
     answer = block(f"quantized ({whole(case.tokens)} tokens, {ended})", case.text)
     other = block("baseline", case.baseline_text) if case.baseline_text else ""
     failures = "".join(f'<p class="failure">{escaped(text)}</p>' for text in case.failures)
+    failures += "".join(f"<p>{escaped(text)}</p>" for text in case.notes)
     state, style = ("FAILED", "case bad") if case.failures else ("passed", "case")
     return (
         f'<div class="{style}"><h3>{escaped(case.name)} ({escaped(case.language)}): {state}</h3>'

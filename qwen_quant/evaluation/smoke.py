@@ -120,7 +120,7 @@ def smoke_cases(
     """Ask both models every prompt, greedy and in FP32, and name what is wrong with the quantized model's answers.
 
     Models too large for memory are streamed from disk (`generation.fits_in_memory`) and say at most
-    STREAMED_NEW_TOKENS tokens, which a note behind every text then tells.  A quantized folder that cannot be read or
+    STREAMED_NEW_TOKENS tokens, which a note of every case then tells.  A quantized folder that cannot be read or
     run gives failing cases with the reason.  The last case, "stop-tokens", has no prompt of its own.
 
     Errors: InputError when the baseline cannot be read or run.
@@ -141,7 +141,7 @@ def smoke_cases(
         return tuple(_unanswered(*item, str(error)) for item in zip(prompts, theirs, strict=True))
     notes = (f"limited to {limit} new tokens: the model is streamed from disk",) if streamed else ()
     cases = judged(prompts, theirs, ours)
-    return tuple(replace(case, text=_with_notes(case.text, notes)) for case in (*cases, stops))
+    return tuple(replace(case, notes=case.notes + notes) for case in (*cases, stops))
 
 
 @dataclass(frozen=True)
@@ -298,16 +298,13 @@ def _case(prompt: SmokePrompt, their: Answer, our: Answer, failures: Sequence[st
         name=prompt.name,
         language=prompt.language,
         prompt=our.prompt,
-        text=_with_notes(our.text, notes),
+        text=our.text,
         tokens=len(our.generated.ids),
         stopped=our.generated.stopped,
         baseline_text=their.text,
         failures=tuple(failures),
+        notes=tuple(notes),
     )
-
-
-def _with_notes(text: str, notes: Sequence[str]) -> str:
-    return "\n".join([text, *(f"[{note}]" for note in notes)]) if notes else text
 
 
 def _unanswered(prompt: SmokePrompt, their: Answer, reason: str) -> SmokeCase:

@@ -36,10 +36,11 @@ def _blocks(flat: Tensor, windows: WindowSet) -> np.ndarray:
     return flat[flat.numel() % size :].double().view(-1, size).numpy()
 
 
-def _with_estimate(interval: Interval, estimate: float) -> Interval:
-    """The interval around the value over ALL positions (blocks may have left out a rest)."""
+def _with_estimate(interval: Interval, estimate: float, most: float = math.inf) -> Interval:
+    """The interval around the value over ALL positions (blocks may have left out a rest), within 0..most."""
     shift = estimate - interval.estimate
-    return Interval(estimate, interval.low + shift, interval.high + shift, interval.confidence)
+    low, high = (min(max(end + shift, 0.0), most) for end in (interval.low, interval.high))
+    return Interval(estimate, min(low, estimate), max(high, estimate), interval.confidence)
 
 
 def scored_bytes(windows: WindowSet, decode: object) -> int:
@@ -74,7 +75,9 @@ def text_result(
         bits_per_byte_quantized=float(quantized.sum()) / bits,
         divergence=divergence,
         kl_mean=_with_estimate(block_bootstrap(_blocks(kl, windows), seed=seed), divergence.kl_mean),
-        top1_agreement=_with_estimate(block_bootstrap(_blocks(same, windows), seed=seed), divergence.top1_agreement),
+        top1_agreement=_with_estimate(
+            block_bootstrap(_blocks(same, windows), seed=seed), divergence.top1_agreement, most=1.0
+        ),
         kl_by_position=kl_by_position(scores.kl, windows),
         verdict=perplexity_verdict(ratio),
     )

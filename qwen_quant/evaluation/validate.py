@@ -219,7 +219,7 @@ def validate_pair(
     texts: tuple[TextResult, ...] = ()
     rows: tuple[LengthRow, ...] = ()
     if any(case.failures for case in smoke):
-        warnings += ("nothing was measured: a smoke prompt failed",)
+        warnings += ("nothing was measured: a smoke prompt failed (--no-smoke measures all the same)",)
     else:
         texts, rows = _scored(PairScorer(sources, device), parts, config, work, progress)
     return ValidationResult(
