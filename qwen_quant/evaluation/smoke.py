@@ -12,7 +12,7 @@ What counts as a failure, in the order it is looked for in every case:
   those of the rendered text.
 
 A healthy small model shows some of this by itself, so the baseline answers the same prompts, and what does not count is
-told in square brackets behind the text:
+told in its notes:
 
 - an empty answer, one or two tokens, a loop or a fault of the template that the baseline has in the same case too;
 - a loop, unless the quantized model falls into loops in at least half of the cases and in twice as many as the baseline
