@@ -170,7 +170,9 @@ def test_greedy_is_true_for_what_the_model_would_say(model: LanguageModel) -> No
     assert found
 
 
-def test_generation_equals_a_plain_greedy_loop(model: LanguageModel) -> None:
+@pytest.mark.parametrize("batch", [1, 5])
+def test_generation_equals_a_plain_greedy_loop(model: LanguageModel, monkeypatch: Any, batch: int) -> None:
+    monkeypatch.setattr("qwen_quant.evaluation.language_model.GENERATION_ROWS", {"cpu": batch})
     prompts = [(row["question"], {"until": ["zz"], "max_gen_toks": 16}) for row in rows()]
     got = answers(model.generate(prompts), len(prompts))
     ends = model.tokenizer.eos_token_id
@@ -186,7 +188,8 @@ def test_generation_equals_a_plain_greedy_loop(model: LanguageModel) -> None:
         assert answer.value == text.split("zz")[0]
 
 
-def test_a_stop_string_ends_its_own_row_only(model: LanguageModel) -> None:
+def test_a_stop_string_ends_its_own_row_only(model: LanguageModel, monkeypatch: Any) -> None:
+    monkeypatch.setattr("qwen_quant.evaluation.language_model.GENERATION_ROWS", {"cpu": 8})
     prompts = [letter * count for letter in "abcdefghijklmnopqrstuvwxyz" for count in (1, 3)]
     free = [a.value for a in answers(model.generate([(p, {"max_gen_toks": 12}) for p in prompts]), len(prompts))]
     stop = next(char for text in free for char in text if char.isascii() and char.isprintable())
