@@ -8,6 +8,8 @@ which only inference does:
 - positions are `position_ids` where they are given, as `generate` does: a left-padded row then gets what it would get
   alone. Without them they are slots, padding included, as in the original.
 
+With use_cache_quantization in the config, a cache that is made here or by `generate` is the original's Int8 one.
+
 Importing this module registers the classes, and the tokenizer, with transformers' Auto classes.
 """
 
@@ -24,7 +26,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     Cache,
-    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
@@ -36,12 +37,18 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from qwen_quant.kv_cache import PLAIN, make_cache
 from qwen_quant.models.qwen1_config import QWenConfig
 from qwen_quant.models.qwen1_layers import QWenAttention, QWenBlock, QWenRMSNorm
 from qwen_quant.models.qwen1_rope import QWenRotaryEmbedding, as_alphas, prefill_alphas
 from qwen_quant.qwen1_auto import register_auto_tokenizer
 
 GivenAlphas = float | Sequence[float] | Tensor
+
+
+def new_cache(config: QWenConfig) -> Cache:
+    """An empty cache of the kind that the config asks for: the original's Int8 one, or the plain one."""
+    return make_cache(config, "qwen" if config.use_cache_quantization else PLAIN)
 
 
 class QWenPreTrainedModel(PreTrainedModel):
@@ -103,7 +110,7 @@ class QWenModel(QWenPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = new_cache(self.config)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         length = past + hidden.shape[1]
         alphas = self._alphas(ntk_alpha, past, (hidden.shape[0], length), attention_mask, position_ids, past_key_values)
@@ -237,6 +244,16 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """Keep `generate`'s mask [rows, tokens] as it is: the rows' lengths are read from it."""
         return attention_mask
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *others: Any
+    ) -> None:
+        """transformers' own; where it would make a plain cache, the config's use_cache_quantization decides."""
+        free = model_kwargs.get("past_key_values") is None and generation_config.cache_implementation is None
+        if free and generation_config.use_cache is not False and self.config.use_cache_quantization:
+            model_kwargs["past_key_values"] = new_cache(self.config)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *others)
 
     def _prefill(
         self,

@@ -52,7 +52,7 @@ class QWenConfig(PreTrainedConfig):
         use_dynamic_ntk, use_logn_attn: see `qwen1_rope`.
         no_bias: whether all linears but c_attn lack a bias.
         scale_attn_weights: whether scores are divided by sqrt(kv_channels).
-        use_cache_quantization: the original's Int8 cache; read, and said to be off when asked for.
+        use_cache_quantization: whether keys and values are cached in the original's Int8 scheme (`kv_cache`).
         attention_windows: tokens that each layer's queries see, themselves included (None: all before them); one entry
             per layer, or None for full attention everywhere. NTK and LogN of a layer then count what it sees.
 
@@ -136,8 +136,6 @@ class QWenConfig(PreTrainedConfig):
             raise ValueError(
                 f"attention_windows needs a positive number or null for each of {self.num_hidden_layers} layers"
             )
-        if self.use_cache_quantization:
-            logger.warning("use_cache_quantization is not applied: keys and values stay in the model's dtype")
 
     @property
     def rotary_dim(self) -> int:

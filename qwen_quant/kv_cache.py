@@ -1,0 +1,316 @@
+"""Int8 key/value cache with the surface of transformers' own: half the bytes of a 16-bit cache.
+
+Two schemes, both per head; X is [rows, heads, tokens, channels]:
+
+- "int8" (the default): one scale per token and head, symmetric, rounded. scale = max|x| / 127 over the channels, first
+  rounded up to the model's dtype, so that what is stored is what was divided by; code = round(x / scale) in -127..127;
+  value = scale * code. What a token becomes does not depend on the tokens it arrived with.
+- "qwen": the scheme of first-generation Qwen, bit for bit: one range [m, M] per head over the whole chunk that is added
+  (all tokens of a prompt, or one new token), scale = (M - m) / 255, zero = -m / scale not rounded, code = X / scale +
+  zero clamped to 0..255 and truncated, value = scale * (code - zero); scale and zero are stored per token in the
+  dtype of X. The original divides by zero where M = m; here such a chunk is exact (scale 1).
+
+`update` returns all keys and values of one layer dequantized, the new ones included, so that a prompt sees what later
+tokens will see; nothing dequantized outlives the layer's attention. Storage grows by GROWTH_TOKENS, not per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from qwen_quant.errors import InputError
+
+GROWTH_TOKENS = 256
+DEFAULT_SCHEME = "int8"
+PLAIN = "bf16"  # what the command line calls the cache in the model's own dtype
+_LARGEST_CODE = 127
+_QWEN_LARGEST_CODE = 255
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Parts = tuple[Tensor, ...]
+LayerPast = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to quantize a chunk.
+
+    Attributes:
+        quantize: [rows, heads, tokens, channels] -> (codes of that shape, then what dequantizes them, each
+            [rows, heads, tokens, 1]).
+        dequantize: those parts and the dtype wanted -> [rows, heads, tokens, channels].
+    """
+
+    name: str
+    quantize: Callable[[Tensor], Parts]
+    dequantize: Callable[[Parts, torch.dtype], Tensor]
+
+
+def quantize_per_token(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Scheme "int8": int8 codes shaped as `states` and scales [..., 1] in its dtype.
+
+    A token of zeros gets scale 0 and codes 0. The scale is the quotient rounded up to the dtype: no code is cut.
+    """
+    largest = states.abs().amax(-1, keepdim=True).float()
+    scale = (largest / _LARGEST_CODE).to(states.dtype)
+    # A scale rounded down would push the largest value beyond the last code: take the next number up.
+    short = scale.float() * _LARGEST_CODE < largest
+    scale = torch.where(short, _next_up(scale), scale)
+    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+    codes = (states.float() / divisor).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8)
+    return codes, scale
+
+
+def dequantize_per_token(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `quantize_per_token`: scale * code, contiguous, in `dtype`."""
+    return codes.to(dtype, memory_format=torch.contiguous_format).mul_(scale)
+
+
+def quantize_cache_v(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scheme "qwen" on one chunk: uint8 codes shaped as `states` [rows, heads, tokens, channels], scale and zero.
+
+    Scale and zero are [rows, heads, tokens, 1] in the dtype of `states`, equal for all tokens of the chunk, and every
+    step is taken in that dtype, as in the original code (the name is its documentation's).
+    """
+    tokens = states.shape[2]
+    flat = states.flatten(2)
+    largest, smallest = flat.amax(-1, keepdim=True), flat.amin(-1, keepdim=True)
+    scale = (largest - smallest) / _QWEN_LARGEST_CODE
+    zero = 0 - smallest / scale
+    # M = m (or a range too small for the dtype): with scale 1 the code is 0 and the value m comes back.
+    broken = (scale == 0) | ~torch.isfinite(zero)
+    scale = torch.where(broken, torch.ones_like(scale), scale)
+    zero = torch.where(broken, -smallest, zero)
+    scale, zero = (part.unsqueeze(-1).repeat(1, 1, tokens, 1) for part in (scale, zero))
+    codes = (states / scale + zero).clamp(0, _QWEN_LARGEST_CODE).to(torch.uint8)
+    return codes, scale, zero
+
+
+def dequantize_cache_torch(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The inverse of `quantize_cache_v`: scale * (code - zero), in the dtype of scale."""
+    return scale * (codes - zero)
+
+
+def _next_up(values: Tensor) -> Tensor:
+    """The next larger number of the tensor's dtype (torch.nextafter knows no F16)."""
+    bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+    return (bits + 1).view(values.dtype)
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("int8", quantize_per_token, lambda parts, dtype: dequantize_per_token(parts[0], parts[1], dtype)),
+        Scheme("qwen", quantize_cache_v, lambda parts, dtype: dequantize_cache_torch(*parts).to(dtype)),
+    )
+}
+
+
+class _Storage:
+    """The quantized keys, or values, of one layer: tensors [rows, heads, capacity, channels or 1].
+
+    Slots from `length` on are spare.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self.parts: Parts = ()
+        self.length = 0
+
+    @property
+    def used(self) -> Parts:
+        """The parts up to `length`, as views."""
+        return tuple(part[:, :, : self.length] for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, spare slots included."""
+        return sum(part.nbytes for part in self.parts)
+
+    def append(self, states: Tensor) -> None:
+        """Quantize `states` [rows, heads, tokens, channels] behind what is there."""
+        end = self.length + states.shape[2]
+        new = self.scheme.quantize(states)
+        if not self.parts or end > self.parts[0].shape[2]:
+            self._grow(new, -(-end // GROWTH_TOKENS) * GROWTH_TOKENS)
+        for part, piece in zip(self.parts, new, strict=True):
+            part[:, :, self.length : end] = piece
+        self.length = end
+
+    def _grow(self, like: Parts, capacity: int) -> None:
+        """Room for `capacity` tokens, one part after the other so that only one is held twice."""
+        old, grown = list(self.parts), []
+        for index, piece in enumerate(like):
+            room = piece.new_zeros((*piece.shape[:2], capacity, piece.shape[3]))
+            if old:
+                room[:, :, : self.length] = old[index][:, :, : self.length]
+                old[index] = room
+                self.parts = tuple(old)
+            grown.append(room)
+        self.parts = tuple(grown)
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put every part through a `function` of its rows."""
+        self.parts = tuple(function(part) for part in self.parts)
+
+
+class Int8Layer(CacheLayerMixin):
+    """Cache of one attention layer; the storage of `keys` and `values` is in `stores`."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, scheme: str = DEFAULT_SCHEME) -> None:
+        super().__init__()
+        self.scheme = SCHEMES[scheme]
+        self.stores = (_Storage(self.scheme), _Storage(self.scheme))
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device of the first states (InputError for a dtype that is not 16-bit or F32)."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        if self.dtype not in _DTYPES:
+            raise InputError(
+                f"the int8 cache cannot hold {self.dtype} keys",
+                "it knows bfloat16, float16 and float32",
+                "load the model in one of them",
+            )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add states [rows, heads, tokens, channels]; returns all keys and values, dequantized in their dtype."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store.append(states)
+        return self.dequantized()
+
+    def dequantized(self) -> tuple[Tensor, Tensor]:
+        """(keys, values), [rows, heads, tokens, channels], as new tensors in the model's dtype."""
+        key, value = (self.scheme.dequantize(store.used, self.dtype) for store in self.stores)
+        return key, value
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(cached and new tokens, offset 0): every position stays, sliding windows are the mask's work."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache."""
+        return self.stores[0].length
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(store.nbytes for store in self.stores)
+
+    def offload(self) -> None:
+        """Move the codes to the CPU."""
+        self._change(lambda part: part.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the codes back to the layer's device."""
+        self._change(lambda part: part.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.stores = (_Storage(self.scheme), _Storage(self.scheme))
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last -`tokens_to_remove` tokens (a number up to 0, as transformers has it; else ValueError)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
+        for store in self.stores:
+            store.length = max(0, store.length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes row `beam_idx`[i] (int64 [rows])."""
+        self._change(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self._change(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (integers or a boolean mask)."""
+        self._change(lambda part: part[indices, ...])
+
+    def _change(self, function: Callable[[Tensor], Tensor]) -> None:
+        for store in self.stores:
+            store.change(function)
+
+
+class Int8Cache(Cache):
+    """A model's cache with Int8 keys and values: give it as `past_key_values` to a model or to `generate`.
+
+    Attention layers hold codes; layers of a hybrid model without keys and values keep transformers' own cache.
+
+    Errors: InputError for an unknown scheme, a model without attention layers, or a layer of a kind that is not known.
+    """
+
+    def __init__(self, config: PreTrainedConfig, scheme: str = DEFAULT_SCHEME) -> None:
+        if scheme not in SCHEMES:
+            raise InputError(f"unknown cache scheme {scheme!r}", "", f"choose one of {', '.join(SCHEMES)}")
+        self.scheme = scheme
+        super().__init__(layers=[_int8_layer(layer, scheme) for layer in DynamicCache(config=config).layers])
+        if not any(isinstance(layer, Int8Layer) for layer in self.layers):
+            raise InputError(
+                f"model_type {config.model_type!r} has no attention layers", "there is nothing to cache in int8"
+            )
+
+    def layer_past(self, layer: int) -> LayerPast:
+        """Layer `layer` as the original lays it out: ((key codes, scale, zero), (value codes, scale, zero)), views.
+
+        Errors: InputError unless the scheme is "qwen" and the layer has keys.
+        """
+        entry = self.layers[layer]
+        if self.scheme != "qwen" or not isinstance(entry, Int8Layer) or not entry.is_initialized:
+            raise InputError(f"layer {layer} has no layer_past", "only a filled cache of scheme 'qwen' has")
+        key, value = ((used[0], used[1], used[2]) for used in (store.used for store in entry.stores))
+        return key, value
+
+
+def _int8_layer(plain: Any, scheme: str) -> Any:
+    """What stands for transformers' cache layer `plain` (InputError for one that is neither attention nor linear)."""
+    if type(plain) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return Int8Layer(scheme)
+    if type(plain) is LinearAttentionLayer:
+        return plain
+    raise InputError(f"no int8 cache for layers of kind {type(plain).__name__}", "", "use the plain cache")
+
+
+def make_cache(config: PreTrainedConfig, kind: str) -> Cache:
+    """An empty cache: "bf16" (transformers' own, in the model's dtype), or a scheme: "int8", "qwen".
+
+    Errors: InputError for another kind.
+    """
+    if kind == PLAIN:
+        return DynamicCache(config=config)
+    if kind not in SCHEMES:
+        raise InputError(f"unknown cache {kind!r}", "", f"choose one of {', '.join((PLAIN, *SCHEMES))}")
+    return Int8Cache(config, kind)
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes that a cache of any kind holds allocated, states of linear-attention layers included."""
+    return sum(_layer_nbytes(layer) for layer in cache.layers)
+
+
+def _layer_nbytes(layer: Any) -> int:
+    if isinstance(layer, Int8Layer):
+        return layer.nbytes
+    tensors = [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    for states in (getattr(layer, "conv_states", None), getattr(layer, "recurrent_states", None)):
+        tensors += list(states.values()) if isinstance(states, dict) else []
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))
