@@ -13,8 +13,20 @@ LEVELS = (
     ("__init__", "errors", "units", "progress", "recipe", "results", "environment", "process"),
     ("data", "checkpoint", "chat", "qwen1_tokenizer", "qwen1_fast", "qwen1_auto", "tokenizer", "calibration"),
     ("grid", "factor", "hessian", "gptq", "packing", "bnb"),
-    ("models", "runtime", "activations", "block_solver", "memory", "resume"),
-    ("preparation", "plan", "sequential", "evaluation", "tasks", "inspection", "qwen1_to_qwen2", "convert", "hub"),
+    ("kv_cache", "models", "runtime", "activations", "block_solver", "memory", "resume"),
+    (
+        "preparation",
+        "plan",
+        "sequential",
+        "evaluation",
+        "tasks",
+        "inspection",
+        "qwen1_to_qwen2",
+        "convert",
+        "hub",
+        "profile",
+        "profiling",
+    ),
     ("console", "commands", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
