@@ -1,4 +1,4 @@
-"""kv_cache.py: the original scheme bit for bit, ours closer to the plain cache, and the surface of transformers' own."""
+"""kv_cache.py: the original scheme bit for bit, ours closer to the plain cache, the surface of transformers' own."""
 
 from __future__ import annotations
 
