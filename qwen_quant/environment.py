@@ -29,7 +29,7 @@ CORE_PACKAGES = (
     "typer",
     "rich",
 )
-EXTRAS = {"interop": ("gptqmodel", "optimum")}
+EXTRAS = {"eval": ("lm_eval", "datasets"), "interop": ("gptqmodel", "optimum")}
 
 
 @dataclass(frozen=True)

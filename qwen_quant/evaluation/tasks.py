@@ -83,26 +83,43 @@ def run_tasks(
     FP32 on the CPU, BF16 on CUDA, quantized linears exactly dequantized. Errors: InputError for unknown tasks, data
     that cannot be reached, code execution that was not allowed, sampled tasks, and a missing extra.
     """
-    preset_tasks(run.preset)  # the cheap check first
-    if run.limit is not None and run.limit < 1:
-        raise InputError(f"--limit is {run.limit}", next_step="use 1 or more")
-    folder, work = model_folder.resolve(), run.work.resolve()
-    run = replace(run, work=work, data_dir=run.data_dir.resolve())
+    folder, run = model_folder.resolve(), _resolved(run)
     with _surroundings(run, folder):
-        plans, manager = _planned(run)
-        code = executing(plans, manager)
-        if code and not run.allow_code_execution:
-            raise InputError(
-                f"the task '{code[0]}' runs code that the model writes",
-                f"that was not allowed; tasks that do: {', '.join(code)}",
-                "add --allow-code-execution, or leave them out",
-            )
+        plans, manager = _allowed(run)
         loaded = load_plans(plans, manager, _hub_folder(run.data_dir), run.seed, progress)
-        asker = _Asker(folder, torch.device(device), RequestJournal(work / JOURNAL_FILE), progress)
+        asker = _Asker(folder, torch.device(device), RequestJournal(run.work / JOURNAL_FILE), progress)
         scores: dict[str, TaskScores] = {}
         for plan in loaded:
             scores.update(_run_plan(plan, run, asker))
     return scores
+
+
+def check_tasks(run: TaskRun) -> None:
+    """Everything about a run that can be refused before a model or a data set is read (InputError)."""
+    run = _resolved(run)
+    with _surroundings(run, run.data_dir):
+        _allowed(run)
+
+
+def _resolved(run: TaskRun) -> TaskRun:
+    """The run with absolute folders, since the harness works in another directory; its cheap checks come first."""
+    preset_tasks(run.preset)
+    if run.limit is not None and run.limit < 1:
+        raise InputError(f"--limit is {run.limit}", next_step="use 1 or more")
+    return replace(run, work=run.work.resolve(), data_dir=run.data_dir.resolve())
+
+
+def _allowed(run: TaskRun) -> tuple[list[TaskPlan], Any]:
+    """`_planned`, where no task runs generated code without permission."""
+    plans, manager = _planned(run)
+    code = executing(plans, manager)
+    if code and not run.allow_code_execution:
+        raise InputError(
+            f"the task '{code[0]}' runs code that the model writes",
+            f"that was not allowed; tasks that do: {', '.join(code)}",
+            "add --allow-code-execution, or leave them out",
+        )
+    return plans, manager
 
 
 def _planned(run: TaskRun) -> tuple[list[TaskPlan], Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,9 +147,9 @@ def open_work(work: Path, identity: dict[str, Any], *, resume: bool) -> None:
                 "repeat the earlier command to finish it, or add --no-resume to start over",
             )
         return
-    for old in work.glob("*") if work.is_dir() else ():
-        old.unlink()
     try:
+        if path.exists():
+            shutil.rmtree(work)
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {work.parent}", str(error), "give another folder: --report DIR") from error
