@@ -65,6 +65,12 @@ class NestedAbsmax:
     blocksize: int
     offset: float
 
+    @classmethod
+    def from_state(cls, absmax: Tensor, quant_map: Tensor, state: Tensor) -> NestedAbsmax:
+        """From the tensors on disk; `state` is the JSON of `quant_state` (ValueError or KeyError when it is not)."""
+        values = json.loads(bytes(state.tolist()))
+        return cls(absmax, quant_map, int(values["nested_blocksize"]), float(values["nested_offset"]))
+
 
 @dataclass(frozen=True)
 class Quantized4bit:

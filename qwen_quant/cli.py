@@ -19,6 +19,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qwen_quant import __version__
+from qwen_quant.commands.bnb import bnb
 from qwen_quant.commands.compare import compare
 from qwen_quant.commands.convert import convert
 from qwen_quant.commands.demo import demo
@@ -32,7 +33,7 @@ from qwen_quant.console import close_stdout, show_error, write_line
 from qwen_quant.errors import InputError, Interrupted, QwenQuantError, UsageError
 from qwen_quant.process import tune_process
 
-COMMANDS = (gptq, convert, validate, compare, inspect, plan, doctor, init, demo)
+COMMANDS = (gptq, bnb, convert, validate, compare, inspect, plan, doctor, init, demo)
 DEBUG_VARIABLE = "QWEN_QUANT_DEBUG"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)

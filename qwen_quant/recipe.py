@@ -15,7 +15,11 @@ GROUP_SIZES = (-1, 32, 64, 128)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 ORDERS = ("activation", "column")
 SCALE_METHODS = ("search", "minmax")
+BNB_QUANT_TYPES = ("nf4", "fp4", "int8")
+BNB_BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+BNB_COMPUTE_DTYPES = ("auto", "bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
+EXPERT_POLICIES = ("route-all", "pool", "round")
 RECIPE_NAME = "qwen-quant.toml"
 
 
@@ -40,6 +44,8 @@ class GPTQConfig:
         asymmetric_calibration: solve against the inputs of the full-precision stream (see `gptq.py`).
         rounding_only: no solving at all: plain rounding, the baseline of every comparison.
         checkpoint_format: "gptq" stores zero-1 in qzeros, "gptq_v2" stores zero.
+        expert_policy: what happens to a routed expert that too few calibration tokens reach (see `experts.py`).
+        expert_min_tokens: fewest tokens for each group of an expert's input columns.
     """
 
     bits: int = 4
@@ -52,6 +58,8 @@ class GPTQConfig:
     asymmetric_calibration: bool = True
     rounding_only: bool = False
     checkpoint_format: str = "gptq"
+    expert_policy: str = "route-all"
+    expert_min_tokens: int = 64
 
     def __post_init__(self) -> None:
         """Refuse a value outside its range with one InputError that names it."""
@@ -66,6 +74,45 @@ class GPTQConfig:
             f"checkpoint_format is {self.checkpoint_format!r}",
             f"use one of {CHECKPOINT_FORMATS}",
         )
+        policy = self.expert_policy
+        _require(policy in EXPERT_POLICIES, f"expert_policy is {policy!r}", f"use one of {EXPERT_POLICIES}")
+        _require(self.expert_min_tokens >= 0, f"expert_min_tokens is {self.expert_min_tokens}", "use 0 or more")
+
+
+@dataclass(frozen=True)
+class BnbConfig:
+    """What becomes of each linear in a bitsandbytes artifact; no data is needed.
+
+    Attributes:
+        quant_type: "nf4" or "fp4" (4 bit in blocks), "int8" (8 bit, one scale a row).
+        double_quant: 4 bit only: the scales of the blocks are quantized to 8 bit too.
+        block_size: 4 bit only: consecutive weights that share a scale. 64 is what transformers itself makes.
+        compute_dtype: 4 bit only: what a runtime multiplies in; "auto" is bf16.
+        skip: modules that stay 16-bit besides the head, as transformers matches llm_int8_skip_modules.
+        int8_threshold: Int8 only: activations of this magnitude and more are multiplied in 16 bit.
+    """
+
+    quant_type: str = "nf4"
+    double_quant: bool = False
+    block_size: int = 64
+    compute_dtype: str = "auto"
+    skip: tuple[str, ...] = ()
+    int8_threshold: float = 6.0
+
+    def __post_init__(self) -> None:
+        """Refuse a value outside its range, or one without meaning for the type, with one InputError that names it."""
+        kind, eight = self.quant_type, self.quant_type == "int8"
+        _require(kind in BNB_QUANT_TYPES, f"quant_type is {kind!r}", f"use one of {BNB_QUANT_TYPES}")
+        size, dtype = self.block_size, self.compute_dtype
+        _require(size in BNB_BLOCK_SIZES, f"block_size is {size}", f"use one of {BNB_BLOCK_SIZES}")
+        _require(dtype in BNB_COMPUTE_DTYPES, f"compute_dtype is {dtype!r}", f"use one of {BNB_COMPUTE_DTYPES}")
+        limit = self.int8_threshold
+        _require(0 <= limit < float("inf"), f"int8_threshold is {limit}", "use 0 (no outliers) or more, e.g. 6.0")
+        step = "leave it out, or use nf4 or fp4"
+        _require(not (eight and self.double_quant), "double_quant does not go with int8, which has no blocks", step)
+        _require(not (eight and size != 64), "block_size does not go with int8, which has one scale a row", step)
+        _require(not (eight and dtype != "auto"), "compute_dtype does not go with int8, which computes in FP16", step)
+        _require(eight or limit == 6.0, f"int8_threshold does not go with {kind}", "leave it out, or use int8")
 
 
 @dataclass(frozen=True)
@@ -197,6 +244,7 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     gates: GateConfig = field(default_factory=GateConfig)
+    bnb: BnbConfig = field(default_factory=BnbConfig)
 
 
 def parse_size(text: str) -> int:
@@ -215,12 +263,13 @@ def parse_size(text: str) -> int:
     return int(value)
 
 
-def _fits(value: Any, default: Any) -> bool:
-    """Whether a TOML value may stand where `default` stands (None: an optional number)."""
+def _fits(value: Any, key: dataclasses.Field[Any]) -> bool:
+    """Whether a TOML value may stand where the key's default stands (None: an optional number)."""
+    default = key.default
     if default is None or isinstance(default, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, tuple):
-        kind = type(default[0]) if default else int
+        kind = str if key.type == "tuple[str, ...]" else int
         return isinstance(value, list) and all(type(item) is kind for item in value)
     return type(value) is type(default)
 
@@ -234,7 +283,7 @@ def _section(table: dict[str, Any], name: str, cls: type, path: Path) -> Any:
     for key, value in values.items():
         if key not in known:
             raise InputError(f"{path}: unknown key '{key}' in [{name}]", next_step=f"known keys: {', '.join(known)}")
-        if not _fits(value, known[key].default):
+        if not _fits(value, known[key]):
             kind = "number" if known[key].default is None else type(known[key].default).__name__
             raise InputError(f"{path}: [{name}] {key} = {value!r} is not of type {kind}")
     try:
@@ -258,11 +307,12 @@ def load_recipe(path: Path) -> Recipe:
     run = _section(table, "run", RunConfig, path)
     validation = _section(table, "validation", ValidationConfig, path)
     gates = _section(table, "gates", GateConfig, path)
+    bnb = _section(table, "bnb", BnbConfig, path)
     model, out = table.pop("model", None), table.pop("out", None)
     for key, value in (("model", model), ("out", out)):
         if value is not None and not isinstance(value, str):
             raise InputError(f"{path}: {key} = {value!r} is not a string")
     if table:
-        step = "known: model, out, [gptq], [calibration], [run], [validation], [gates]"
+        step = "known: model, out, [gptq], [bnb], [calibration], [run], [validation], [gates]"
         raise InputError(f"{path}: unknown key '{next(iter(table))}'", next_step=step)
-    return Recipe(model, out, gptq, calibration, run, validation, gates)
+    return Recipe(model, out, gptq, calibration, run, validation, gates, bnb)

@@ -13,7 +13,7 @@ LEVELS = (
     ("__init__", "errors", "units", "progress", "recipe", "results", "environment", "process"),
     ("data", "checkpoint", "chat", "qwen1_tokenizer", "qwen1_fast", "qwen1_auto", "tokenizer", "calibration"),
     ("grid", "factor", "hessian", "gptq", "packing", "bnb"),
-    ("kv_cache", "models", "runtime", "activations", "block_solver", "memory", "resume"),
+    ("kv_cache", "models", "runtime", "activations", "block_solver", "experts", "block", "memory", "resume"),
     (
         "preparation",
         "plan",
