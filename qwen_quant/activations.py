@@ -57,6 +57,19 @@ class ActivationStore:
             done += count
         return torch.frombuffer(buffer, dtype=self.dtype).view(stop - start, *self.shape[1:])
 
+    def gather(self, tokens: Tensor) -> Tensor:
+        """The states of single tokens (int64 [n], row * row length + place) as [n, width], in memory of their own."""
+        if self._memory is not None:
+            return self._memory.view(-1, self.shape[2])[tokens]
+        assert self._file is not None
+        size = self.shape[2] * self.dtype.itemsize
+        buffer = bytearray(tokens.numel() * size)
+        view = memoryview(buffer)
+        for k, token in enumerate(tokens.tolist()):
+            if os.preadv(self._file, [view[k * size : (k + 1) * size]], token * size) != size:
+                raise OSError("the file of hidden states was truncated while it was in use")
+        return torch.frombuffer(buffer, dtype=self.dtype).view(-1, self.shape[2])
+
     def save(self, start: int, values: Tensor) -> None:
         """Store rows from `start` on; `values` [n, tokens, width] is rounded to `dtype`."""
         rounded = values.detach().to("cpu", self.dtype)

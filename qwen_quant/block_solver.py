@@ -1,4 +1,4 @@
-"""Quantize one decoder block, linear group by linear group, each seeing the inputs its predecessors really give.
+"""Quantize one half of a decoder block, each linear seeing the inputs its predecessors really give.
 
 A block is two pre-norm halves x + output(body(norm(x))).  For each half, and for each stream (quantized so far, and the
 full-precision one of asymmetric calibration):
@@ -119,7 +119,7 @@ def batch_rows(tokens: int, widest: int) -> int:
     return max(1, BATCH_BYTES // (4 * tokens * widest))
 
 
-def _linear(block: nn.Module, name: str) -> CastLinear:
+def stored_linear(block: nn.Module, name: str) -> CastLinear:
     """A linear of the block that has not been quantized yet."""
     module = block.get_submodule(name)
     assert isinstance(module, CastLinear), f"{name} is {type(module).__name__}"
@@ -130,7 +130,8 @@ def run_body(block: nn.Module, sub: SubBlock, hidden: Tensor, context: dict[str,
     """The half's module on norm(hidden), with whatever now stands at its output linear."""
     module = block.get_submodule(sub.module)
     normed = block.get_submodule(sub.norm)(hidden)
-    result = module(hidden_states=normed, **context) if sub.takes_context else module(normed)
+    taken = {key: value for key, value in context.items() if key not in sub.without}
+    result = module(hidden_states=normed, **taken) if sub.takes_context else module(normed)
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -144,14 +145,14 @@ def _tap(block: nn.Module, sub: SubBlock, hidden: Tensor, context: dict[str, Any
         block.set_submodule(sub.output, linear)
 
 
-class _Half:
+class HalfRun:
     """The three steps over one half of a block, for one or two streams (quantized first)."""
 
     def __init__(self, run: BlockRun, sub: SubBlock, streams: list[Stream]) -> None:
         self.run, self.sub, self.streams = run, sub, streams
-        inputs = [_linear(streams[0].block, name).weight for name in sub.inputs]
+        inputs = [stored_linear(streams[0].block, name).weight for name in sub.inputs]
         self.in_width = inputs[0].shape[1]
-        self.tap_width = _linear(streams[0].block, sub.output).weight.shape[1]
+        self.tap_width = stored_linear(streams[0].block, sub.output).weight.shape[1]
         widest = max(self.tap_width, self.in_width, *(weight.shape[0] for weight in inputs))
         rows, tokens, _ = streams[0].states.shape
         step = batch_rows(tokens, widest)
@@ -179,9 +180,9 @@ class _Half:
         hessian.add(flat[0], flat[1] - flat[0] if len(flat) == 2 else None, residual)
 
     def _residual(self, span: tuple[int, int]) -> Tensor | None:
-        """What the quantized stream's x lacks, FP32 [tokens, hidden] (None where there is one stream only)."""
+        """What the quantized stream's x lacks, FP32 [tokens, hidden] (None where nothing is to make up for it)."""
         streams = self._present(span)
-        if len(streams) == 1:
+        if len(streams) == 1 or not self.sub.joins_residual:
             return None
         quantized, full = (self._states(stream, span).float() for stream in streams)
         return (full - quantized).flatten(0, -2)
@@ -228,11 +229,11 @@ class _Half:
         return _tap(stream.block, self.sub, hidden, self.run.context).bfloat16()
 
 
-def _solve_group(
+def solve_group(
     run: BlockRun, block: nn.Module, names: tuple[str, ...], hessian: HessianAccumulator
 ) -> list[SolvedLinear]:
     """Solve the linears `names` of the quantized block as one stacked matrix and put their codes in place."""
-    modules = [_linear(block, name) for name in names]
+    modules = [stored_linear(block, name) for name in names]
     label = ", ".join(run.prefix + name for name in names)
     weight = torch.cat([module.weight for module in modules])
     started = time.perf_counter()
@@ -271,28 +272,3 @@ def _layer_stats(
         tokens=measured[0],
         seconds=measured[1],
     )
-
-
-@torch.no_grad()
-def quantize_block(
-    run: BlockRun, sub_blocks: tuple[SubBlock, ...], streams: list[Stream], outputs: list[ActivationStore]
-) -> list[SolvedLinear]:
-    """Quantize every linear of a block and move the streams' hidden states past it.
-
-    Args:
-        run: settings and context.
-        sub_blocks: the halves.
-        streams: [quantized] or [quantized, full precision]; the first one's block is changed in place.
-        outputs: where the new hidden states go, one store per stream.
-
-    Returns:
-        The solved linears in order. Errors: InputError from the solver, with the linear named.
-    """
-    solved: list[SolvedLinear] = []
-    for sub in sub_blocks:
-        half = _Half(run, sub, streams)
-        solved += _solve_group(run, streams[0].block, sub.inputs, half.input_hessian())
-        solved += _solve_group(run, streams[0].block, (sub.output,), half.output_hessian())
-        if not (run.last and sub is sub_blocks[-1]):
-            half.advance(outputs)
-    return solved

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from qwen_quant.activations import BYTES_PER_VALUE, RAM_LIMIT_BYTES
 from qwen_quant.block_solver import BATCH_BYTES, CACHE_BYTES
-from qwen_quant.checkpoint.families import ModelSpec
+from qwen_quant.checkpoint.families import ModelSpec, SubBlock
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.environment import memory_bytes, peak_rss_bytes
 from qwen_quant.errors import InputError
+from qwen_quant.experts import SPARSE_BATCH_BYTES
 from qwen_quant.gptq import ROW_CHUNK_VALUES
 from qwen_quant.packing import packed_specs
 from qwen_quant.recipe import GPTQConfig
@@ -75,6 +76,23 @@ def _largest_block(spec: ModelSpec, reader: CheckpointReader) -> int:
     return max(sizes.values(), default=0)
 
 
+def one_of_each_linear(spec: ModelSpec) -> list[str]:
+    """Full names of linears of every shape there is: one block of each kind, the first of its experts."""
+    names = []
+    for halves, layers in spec.kinds().items():
+        for half in halves:
+            parts = (half,) if isinstance(half, SubBlock) else (half.shared, half.expert(0))
+            names += [spec.layer_prefix(layers[0]) + name for part in parts if part for name in part.linears()]
+    return names
+
+
+def _sparse_batch(spec: ModelSpec, tokens: int) -> int:
+    """Temporaries of one batch through all experts of a block, and of an expert's dense weights (0 where none are)."""
+    if not spec.expert_count:
+        return 0
+    return max(SPARSE_BATCH_BYTES, 4 * tokens * spec.hidden_size) * BATCH_TEMPORARIES
+
+
 def _output_bytes(spec: ModelSpec, reader: CheckpointReader, config: GPTQConfig) -> int:
     linears = {name + ".weight" for name in spec.linear_names()}
     total = 0
@@ -95,7 +113,7 @@ def footprint(
     rows, tokens = calibration_shape
     stream = stream_rows(config, rows, tokens)
     squares = 2 if len(stream) == 1 else 3 + (stream[1] < stream[0])
-    shapes = [reader.info(name + ".weight").shape for name in spec.linear_names()[: len(spec.family.linears())]]
+    shapes = [reader.info(name + ".weight").shape for name in one_of_each_linear(spec)]
     widest_in, widest = max(s[1] for s in shapes), max(max(s) for s in shapes)
     block = _largest_block(spec, reader)
     square = squares * widest_in**2 * 4
@@ -103,7 +121,7 @@ def footprint(
     solver = min(ROW_CHUNK_VALUES, stacked) * 4 * SOLVER_TEMPORARIES + stacked * 3
     batch = max(min(BATCH_BYTES, 4 * rows * tokens * widest), 4 * tokens * widest) * BATCH_TEMPORARIES
     cache = sum(stream) * tokens * widest_in * BYTES_PER_VALUE
-    working = max(solver, batch) + (cache if cache <= CACHE_BYTES else 0)
+    working = max(solver, batch, _sparse_batch(spec, tokens)) + (cache if cache <= CACHE_BYTES else 0)
     hidden = sum(stream) * tokens * spec.hidden_size * BYTES_PER_VALUE
     in_memory = hidden <= RAM_LIMIT_BYTES
     interpreter = peak_rss_bytes()

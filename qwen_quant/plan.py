@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qwen_quant.activations import ActivationStore
-from qwen_quant.block_solver import BlockRun, Stream, quantize_block
+from qwen_quant.block import quantize_block
+from qwen_quant.block_solver import BlockRun, Stream
 from qwen_quant.gptq import QuantizedWeight, SolveStats, quantize_weight, round_weight
 from qwen_quant.hessian import HessianAccumulator
-from qwen_quant.memory import Footprint
+from qwen_quant.memory import Footprint, one_of_each_linear
 from qwen_quant.preparation import Prepared, QuantizeJob, prepare, shared_fetch
 from qwen_quant.recipe import GPTQConfig
 from qwen_quant.units import format_seconds
@@ -30,7 +32,8 @@ class PlanEstimate:
         peak_memory_bytes: host memory, interpreter included.
         peak_vram_bytes: memory of the GPU (0 on the CPU).
         bound_bytes: what the design promises to stay under, above the interpreter: one block as stored + 2.5 (4.5 with
-            asymmetric calibration) squares of the widest linear in FP32 + hidden states + 1 GiB.
+            asymmetric calibration) squares of the widest linear in FP32 + hidden states + 1 GiB, and with routed
+            experts the block's codes (half of the stored block).
         disk_bytes: the artifact and what resuming needs while it is built.
         output_bytes: tensors of the artifact.
         hidden_state_bytes: of all streams.
@@ -54,10 +57,11 @@ class PlanEstimate:
 
 def bound_bytes(ready: Prepared) -> int:
     """The promised bound above the interpreter's own memory (see PlanEstimate)."""
-    need, spec = ready.footprint, ready.spec
-    widest = max(ready.reader.info(n + ".weight").shape[1] for n in spec.linear_names()[: len(spec.family.linears())])
+    need = ready.footprint
+    widest = max(ready.reader.info(name + ".weight").shape[1] for name in one_of_each_linear(ready.spec))
     squares = 4.5 if len(ready.stream_rows) == 2 else 2.5
-    return int(need.stored_block_bytes + squares * widest**2 * 4 + need.hidden_state_bytes + 2**30)
+    block = need.block_bytes if ready.spec.expert_count else need.stored_block_bytes
+    return int(block + squares * widest**2 * 4 + need.hidden_state_bytes + 2**30)
 
 
 def _operations(rows: int, columns: int, factors: int, *, paired: bool) -> float:
@@ -72,16 +76,22 @@ class _SolverClock:
     Attributes:
         seconds: what the solver would have taken.
         spent_seconds: what its stand-in took.
+        known: what the first expert's problems gave and took, by shape: the other experts are not timed again.
     """
 
     seconds: float = 0.0
     spent_seconds: float = 0.0
+    known: dict[torch.Size, tuple[QuantizedWeight, SolveStats, float]] = field(default_factory=dict)
 
     def __call__(
         self, weight: Tensor, hessian: HessianAccumulator, config: GPTQConfig, *, name: str
     ) -> tuple[QuantizedWeight, SolveStats]:
         """Rounded codes of the whole weight and the corner's statistics."""
         started = time.perf_counter()
+        if ".experts." in name and weight.shape in self.known:
+            result, stats, seconds = self.known[weight.shape]
+            self.seconds += seconds
+            return result, stats
         rows, columns = weight.shape
         height, width = min(rows, TIMED_ROWS), min(columns, TIMED_COLUMNS)
         factors, paired = 1 + (hessian.paired_gram is not None), hessian.cross is not None
@@ -89,15 +99,23 @@ class _SolverClock:
         corner = hessian.corner(width, height)
         before = time.perf_counter()
         result, stats = quantize_weight(weight[:height, :width], corner, config, name=name)
-        self.seconds += (time.perf_counter() - before) / share
+        seconds = (time.perf_counter() - before) / share
+        self.seconds += seconds
         if (height, width) != (rows, columns):
             result = round_weight(weight, config)
+        if ".experts." in name:
+            self.known[weight.shape] = result, stats, seconds
         self.spent_seconds += time.perf_counter() - started
         return result, stats
 
 
-def _timed_block(ready: Prepared) -> tuple[float, float, int]:
-    """(solver seconds of a block, other seconds per row of both streams, rows timed), from running block 0 for real."""
+def _timing_config(config: GPTQConfig) -> GPTQConfig:
+    """Experts take the tokens they get: a few rows reach too few of them for the policy to say anything."""
+    return dataclasses.replace(config, expert_min_tokens=0, expert_policy="round")
+
+
+def _timed_block(ready: Prepared, layer: int) -> tuple[float, float, int]:
+    """(solver seconds, other seconds per row of both streams, rows timed) of block `layer`, run for real."""
     tokens = ready.calibration.input_ids.shape[1]
     rows = min(ready.calibration.input_ids.shape[0], max(1, math.ceil(TIMED_TOKENS / tokens)))
     embedding = ready.spec.family.embedding + ".weight"
@@ -106,13 +124,13 @@ def _timed_block(ready: Prepared) -> tuple[float, float, int]:
     for _ in ready.stream_rows:
         store = ActivationStore((rows, tokens, ready.spec.hidden_size))
         store.save(0, hidden)
-        streams.append(Stream(ready.skeleton.block(0, fetch), store))
+        streams.append(Stream(ready.skeleton.block(layer, fetch), store))
     del fetch
-    context, clock, skeleton = ready.skeleton.context(0, tokens), _SolverClock(), ready.skeleton
-    prefix = ready.spec.layer_prefix(0)
-    run = BlockRun(prefix, context, skeleton.device, skeleton.dtype, ready.job.gptq, solve=clock)
+    context, clock, skeleton = ready.skeleton.context(layer, tokens), _SolverClock(), ready.skeleton
+    prefix = ready.spec.layer_prefix(layer)
+    run = BlockRun(prefix, context, skeleton.device, skeleton.dtype, _timing_config(ready.job.gptq), solve=clock)
     started = time.perf_counter()
-    quantize_block(run, ready.spec.family.sub_blocks, streams, [stream.states for stream in streams])
+    quantize_block(run, ready.spec.blocks[layer], streams, [stream.states for stream in streams])
     if skeleton.device.type == "cuda":
         torch.cuda.synchronize()
     total = time.perf_counter() - started
@@ -135,11 +153,12 @@ def make_plan(job: QuantizeJob) -> PlanEstimate:
 
 
 def estimate(ready: Prepared) -> PlanEstimate:
-    """PlanEstimate of a prepared job; runs its first block on a few rows."""
-    need = ready.footprint
-    solver, per_row, rows = _timed_block(ready)
-    block = solver + per_row * sum(ready.stream_rows)
-    seconds = block * ready.spec.num_layers
+    """PlanEstimate of a prepared job; runs the first block of each kind on a few rows."""
+    need, seconds, rows = ready.footprint, 0.0, 0
+    for layers in ready.spec.kinds().values():
+        solver, per_row, rows = _timed_block(ready, layers[0])
+        seconds += (solver + per_row * sum(ready.stream_rows)) * len(layers)
+    block = seconds / max(ready.spec.num_layers, 1)
     host, vram = _split(need, ready.skeleton.device)
     tokens = rows * ready.calibration.input_ids.shape[1]
     lines = (

@@ -19,6 +19,8 @@ class LayerStats:
         dead_columns: input columns that never fired (Hessian diagonal zero).
         tokens: calibration tokens in the Hessian.
         seconds: time of the solve, shared out by rows among linears solved together.
+        routed_tokens: tokens that the router sent to this linear's expert (None for a linear of no routed expert).
+        calibrated_by: "routed" where those were enough, else the expert policy that stepped in.
     """
 
     name: str
@@ -30,6 +32,8 @@ class LayerStats:
     dead_columns: int
     tokens: int
     seconds: float
+    routed_tokens: int | None = None
+    calibrated_by: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_quant.activations import ActivationStore
-from qwen_quant.block_solver import BlockRun, SolvedLinear, Stream, embed, quantize_block
+from qwen_quant.block import quantize_block
+from qwen_quant.block_solver import BlockRun, SolvedLinear, Stream, embed
 from qwen_quant.checkpoint.audit import check_kept, check_written, content_sha256
 from qwen_quant.checkpoint.manifest import copy_companions, source_hashes, versions, write_configs, write_manifest
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.checkpoint.writer import PlannedWriter
 from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
 from qwen_quant.errors import AuditError, InputError
+from qwen_quant.experts import ROUTED
 from qwen_quant.packing import SUFFIXES, pack_weight, unpack_weight
 from qwen_quant.plan import PlanEstimate, estimate
 from qwen_quant.preparation import Prepared, QuantizeJob, finite, prepare, shared_fetch
@@ -51,10 +54,16 @@ class QuantizeResult:
     warnings: tuple[str, ...]
 
 
+def _settings(ready: Prepared) -> dict[str, Any]:
+    """The solver's settings; those about experts only where there are some."""
+    settings = dataclasses.asdict(ready.job.gptq)
+    return {k: v for k, v in settings.items() if ready.spec.expert_count or not k.startswith("expert_")}
+
+
 def _run_identity(ready: Prepared, hashes: dict[str, str]) -> dict[str, Any]:
     """Everything that decides the output's bytes."""
     return {
-        "settings": dataclasses.asdict(ready.job.gptq),
+        "settings": _settings(ready),
         "calibration": {"sha256": ready.calibration.sha256, "shape": list(ready.calibration.input_ids.shape)},
         "seed": ready.job.calibration.seed,
         "source": hashes,
@@ -111,7 +120,7 @@ def _quantize_layer(
     run = BlockRun(ready.spec.layer_prefix(layer), context, skeleton.device, skeleton.dtype, ready.job.gptq, last)
     outputs = states if ready.footprint.hidden_in_memory else _stores(ready, layer + 1)
     del fetch
-    return quantize_block(run, ready.spec.family.sub_blocks, streams, outputs), outputs
+    return quantize_block(run, ready.spec.blocks[layer], streams, outputs), outputs
 
 
 def _write_layer(ready: Prepared, writer: PlannedWriter, solved: list[SolvedLinear]) -> dict[str, str]:
@@ -176,10 +185,35 @@ def audit_artifact(ready: Prepared, folder: Path, solved_sha256: dict[str, str],
             raise AuditError(f"'{name}' reads back as other codes or scales than were solved")
 
 
+def expert_summary(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of finished layers' statistics: experts by what calibrated them, and the fewest tokens that one was sent."""
+    experts = [row for row in layers if row.get("routed_tokens") is not None and row["name"].endswith("down_proj")]
+    return {
+        "calibrated_by": dict(Counter(str(row["calibrated_by"]) for row in experts)),
+        "fewest_routed_tokens": min((int(row["routed_tokens"]) for row in experts), default=0),
+    }
+
+
+def _warnings(ready: Prepared, state: dict[str, Any]) -> tuple[str, ...]:
+    """What the calibration set and the experts have to say."""
+    found = expert_summary(state["layers"])
+    counts = {how: count for how, count in found["calibrated_by"].items() if how != ROUTED}
+    lines = tuple(
+        f"{count} of {sum(found['calibrated_by'].values())} experts got too few calibration tokens "
+        f"(the fewest {found['fewest_routed_tokens']}) and were handled by --expert-policy {how}"
+        for how, count in counts.items()
+    )
+    return (*ready.calibration.warnings, *lines)
+
+
 def _manifest(
     ready: Prepared, state: dict[str, Any], identity: dict[str, Any], measured: dict[str, Any]
 ) -> dict[str, Any]:
-    layers = [{key: value for key, value in layer.items() if key != "seconds"} for layer in state["layers"]]
+    layers = [
+        {key: value for key, value in layer.items() if key != "seconds" and value is not None}
+        for layer in state["layers"]
+    ]
+    experts = {"experts": expert_summary(state["layers"])} if ready.spec.expert_count else {}
     return {
         "schema": "qwen-quant/1",
         "method": "gptq" if not ready.job.gptq.rounding_only else "rounding",
@@ -199,7 +233,8 @@ def _manifest(
             "kept": ready.accounting.kept,
             "dropped_buffers": list(ready.accounting.dropped),
         },
-        "warnings": list(ready.calibration.warnings),
+        "warnings": list(_warnings(ready, state)),
+        **experts,
         "layers": layers,
         "measured": {**measured, "layer_seconds": {layer["name"]: layer["seconds"] for layer in state["layers"]}},
     }
@@ -253,7 +288,7 @@ def _finish(
     """Configs, audit, manifest, rename."""
     folder, job = ready.work.artifact, ready.job
     copied, left = copy_companions(job.model, folder)
-    write_configs(folder, ready.spec.config, job.gptq)
+    write_configs(folder, ready.spec, job.gptq)
     audit_artifact(ready, folder, state["solved_sha256"], run[1])
     layers = tuple(LayerStats(**layer) for layer in state["layers"])
     peak, seconds = max(state["peak_memory_bytes"], peak_rss_bytes()), time.perf_counter() - run[0]
@@ -277,5 +312,5 @@ def _finish(
         hidden_state_bytes=ready.footprint.hidden_state_bytes,
         peak_memory_bytes=peak,
         seconds=seconds,
-        warnings=ready.calibration.warnings,
+        warnings=_warnings(ready, state),
     )

@@ -54,6 +54,13 @@ def _check_shapes(reader: CheckpointReader, expected: dict[str, tuple[int, ...]]
             )
 
 
+def _carried(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor that the model does not ask for is kept all the same: a tied head, or a passenger."""
+    if spec.tied_head and name == spec.family.head + ".weight":
+        return True
+    return spec.is_passenger(name)
+
+
 def account(spec: ModelSpec, reader: CheckpointReader, expected: dict[str, tuple[int, ...]]) -> Accounting:
     """Sort every tensor of the source into quantized, kept or dropped.
 
@@ -71,7 +78,7 @@ def account(spec: ModelSpec, reader: CheckpointReader, expected: dict[str, tuple
             dropped.append(name)
         elif name in linears:
             continue
-        elif name not in expected and not (spec.tied_head and name == spec.family.head + ".weight"):
+        elif name not in expected and not _carried(spec, name):
             raise InputError(
                 f"{reader.folder} holds the unexpected tensor '{name}'",
                 "config.json has no place for it",

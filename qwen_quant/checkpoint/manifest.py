@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_quant import __version__
+from qwen_quant.checkpoint.families import ModelSpec, SparseBlock, SubBlock
 from qwen_quant.checkpoint.reader import INDEX_FILE, PICKLE_PATTERNS, file_sha256
 from qwen_quant.recipe import GPTQConfig
 
@@ -24,6 +25,23 @@ _REPLACED = {
     "pytorch_model.bin.index.json",
 }
 _NOT_CARRIED = ("*.safetensors", "*.py", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.pkl", *PICKLE_PATTERNS)
+
+
+def skip_lists(spec: ModelSpec) -> dict[str, Any]:
+    """What tells runtimes which modules are quantized, for families whose blocks keep some linears 16-bit.
+
+    `modules_in_block_to_quantize` is matched by the end of a name (optimum) or anywhere in it (vLLM), so experts are
+    named without their number; `dynamic` with "-:" excludes modules (GPTQModel, vLLM, SGLang), matched from the start.
+    """
+    if not spec.family.skips:
+        return {}
+    groups: list[list[str]] = []
+    for half in (half for halves in spec.kinds() for half in halves):
+        parts = [half] if isinstance(half, SubBlock) else [half.shared] if half.shared else []
+        groups += [group for part in parts for group in (list(part.inputs), [part.output])]
+        groups += [["gate_proj", "up_proj"], ["down_proj"]] if isinstance(half, SparseBlock) else []
+    unique = [group for k, group in enumerate(groups) if group not in groups[:k]]
+    return {"modules_in_block_to_quantize": unique, "dynamic": {f"-:{pattern}": {} for pattern in spec.family.skips}}
 
 
 def quantization_config(config: GPTQConfig) -> dict[str, Any]:
@@ -45,10 +63,10 @@ def quantization_config(config: GPTQConfig) -> dict[str, Any]:
     }
 
 
-def write_configs(folder: Path, source_config: dict[str, Any], config: GPTQConfig) -> None:
+def write_configs(folder: Path, spec: ModelSpec, config: GPTQConfig) -> None:
     """config.json with quantization_config, and quantize_config.json (the same plus AutoGPTQ's two name fields)."""
-    settings = quantization_config(config)
-    kept = {key: value for key, value in source_config.items() if key != "auto_map"}
+    settings = {**quantization_config(config), **skip_lists(spec)}
+    kept = {key: value for key, value in spec.config.items() if key != "auto_map"}
     _write_json(folder / "config.json", {**kept, "quantization_config": settings})
     _write_json(
         folder / QUANTIZE_CONFIG_FILE, {**settings, "model_name_or_path": None, "model_file_base_name": "model"}

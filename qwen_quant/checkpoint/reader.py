@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_FUSED_EXPERTS = re.compile(r"(model\.(?:language_model\.)?layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _HASH_CHUNK_BYTES = 1 << 22
 _PART_BYTES = 64 << 20
 
@@ -102,8 +104,32 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     )
 
 
+def separate_experts(infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The same tensors with each expert of a fused stack under a name of its own, as every other checkpoint has it.
+
+    gate_up_proj [experts, 2 * width, hidden] and down_proj [experts, hidden, width] are laid out expert by expert, gate
+    in front of up, so each expert's matrix is a run of bytes of the file.
+    """
+    found: dict[str, TensorInfo] = {}
+    for name, info in infos.items():
+        match = _FUSED_EXPERTS.fullmatch(name)
+        if match is None or len(info.shape) != 3:
+            found[name] = info
+            continue
+        count, rows, columns = info.shape
+        parts = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
+        size = info.nbytes // (count * len(parts)) if count else 0
+        for k in range(count * len(parts)):
+            own = f"{match[1]}.{k // len(parts)}.{parts[k % len(parts)]}.weight"
+            shape = (rows // len(parts), columns)
+            found[own] = TensorInfo(own, info.dtype, shape, info.file, info.offset + k * size, size)
+    return found
+
+
 class CheckpointReader:
     """Reads tensors of a safetensors folder (single file or sharded) by name; holds only the headers.
+
+    Experts stored as one fused stack appear one by one (`separate_experts`).
 
     Errors: InputError for files that are missing, truncated, inconsistent with the index, or pickles.
     """
@@ -129,6 +155,7 @@ class CheckpointReader:
                     f"{folder}: the index places '{name}' in {file}, which does not hold it",
                     next_step=f"fetch {file} again",
                 )
+        self._infos = separate_experts(self._infos)
 
     @property
     def names(self) -> tuple[str, ...]:

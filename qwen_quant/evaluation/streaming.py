@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from qwen_quant.activations import ActivationStore
 from qwen_quant.block_solver import batch_rows, embed
 from qwen_quant.errors import InputError
-from qwen_quant.models.skeleton import Skeleton, StoredLinear, dense_weights
+from qwen_quant.experts import SPARSE_BATCH_BYTES
+from qwen_quant.models.skeleton import Skeleton, dense_weights, ordinary_linears
 from qwen_quant.runtime.loading import WeightSource
 
 HEAD_TILE_BYTES = 64 << 20
@@ -44,10 +45,10 @@ def final_hidden(
     rows, tokens = windows.shape
     store = ActivationStore((rows, tokens, source.spec.hidden_size), dtype=torch.float32)
     embed(source.reader, source.spec.family.embedding + ".weight", windows, [store])
-    step = batch_rows(tokens, int(source.spec.config.get("intermediate_size") or source.spec.hidden_size))
+    step = _step(source, tokens)
     for layer in range(source.spec.num_layers):
         block, context = skeleton.block(layer, source.dense), skeleton.context(layer, tokens)
-        with dense_weights(block, _linears(block), torch.float32):
+        with dense_weights(block, ordinary_linears(block), torch.float32):
             for span in _spans(rows, step):
                 out = block(store.load(*span).to(skeleton.device), **context)
                 out = out[0] if isinstance(out, tuple) else out
@@ -59,8 +60,12 @@ def final_hidden(
     return store
 
 
-def _linears(block: nn.Module) -> list[str]:
-    return [name for name, module in block.named_modules() if isinstance(module, StoredLinear)]
+def _step(source: WeightSource, tokens: int) -> int:
+    """Rows per batch: few, but with experts, which become dense once a batch, so many that each sees some tokens."""
+    spec = source.spec
+    if spec.expert_count:
+        return max(1, SPARSE_BATCH_BYTES // (4 * tokens * spec.hidden_size))
+    return batch_rows(tokens, int(spec.text_config.get("intermediate_size") or spec.hidden_size))
 
 
 class Head:

@@ -16,13 +16,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qwen_quant.checkpoint.families import ModelSpec
 from qwen_quant.environment import cpu_features
 from qwen_quant.errors import InputError
 from qwen_quant.models import qwen1  # noqa: F401 (registers model_type "qwen" with transformers)
+from qwen_quant.models.experts import ExpertList, separate_experts
 from qwen_quant.models.qwen1_config import say_auto_map_is_ignored
 
 Fetch = Callable[[str], Tensor]
@@ -102,19 +103,31 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def meta_model(spec: ModelSpec) -> PreTrainedModel:
-    """transformers' own model of `spec` on the meta device (InputError when its config does not fit)."""
+    """transformers' own model of `spec` on the meta device, experts apart (InputError when its config does not fit).
+
+    A vision model is built whole, so that its modules carry the names on disk; `get_decoder()` is its text decoder.
+    """
     values = {key: value for key, value in spec.config.items() if key not in ("quantization_config", "auto_map")}
     if spec.config.get("auto_map"):
         say_auto_map_is_ignored()
     try:
         config = CONFIG_MAPPING[spec.family.model_type].from_dict(values)
+        auto = AutoModelForImageTextToText if spec.family.has_vision else AutoModelForCausalLM
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+            model = auto.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise InputError(
             "config.json does not describe a model that transformers can build", str(error), "fetch config.json again"
         ) from error
+    separate_experts(model)
     return model.eval()
+
+
+def ordinary_linears(block: nn.Module) -> list[str]:
+    """Names of the block's stored linears that are not a routed expert's: those that every token passes."""
+    experts = tuple(f"{name}." for name, module in block.named_modules() if isinstance(module, ExpertList))
+    names = [name for name, module in block.named_modules() if isinstance(module, StoredLinear)]
+    return [name for name in names if not name.startswith(experts)]
 
 
 def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

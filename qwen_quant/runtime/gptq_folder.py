@@ -43,7 +43,8 @@ def packed_format(folder: object, settings: dict[str, Any]) -> PackedFormat:
         raise InputError(f"{folder} has checkpoint_format {layout!r}", "its codes are laid out for one kernel", step)
     if type(bits) is not int or bits not in BITS:
         raise InputError(f"{folder}: quantization_config has bits {bits!r}", f"known widths: {BITS}", step)
-    if settings.get("dynamic"):
+    dynamic = settings.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or any(dynamic.values()):  # empty values only name what is not quantized
         raise InputError(f"{folder} gives modules settings of their own ('dynamic')", "one width for all is read", step)
     return PackedFormat(bits, layout)
 

@@ -141,7 +141,7 @@ class WeightSource:
     def unused(self, expected: set[str]) -> list[str]:
         """Stored tensors that stand for none of the parameters `expected` (rotary buffers left out)."""
         parts = set() if self.linears is None else set().union(*map(self.linears.parts, expected))
-        names = self.reader.names
+        names = [name for name in self.reader.names if not self.spec.is_passenger(name)]
         return [n for n in names if n not in expected and n not in parts and not n.endswith(_RECOMPUTED)]
 
 
