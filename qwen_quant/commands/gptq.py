@@ -31,6 +31,8 @@ def gptq(
     asymmetric_calibration: options.AsymmetricCalibration = None,
     checkpoint_format: options.CheckpointFormat = None,
     rounding_only: options.RoundingOnly = None,
+    expert_policy: options.ExpertPolicy = None,
+    expert_min_tokens: options.ExpertMinTokens = None,
     calibration: options.Calibration = None,
     num_samples: options.NumSamples = None,
     seq_len: options.SeqLen = None,
@@ -71,6 +73,8 @@ def gptq(
             asymmetric_calibration=asymmetric_calibration,
             checkpoint_format=checkpoint_format,
             rounding_only=rounding_only,
+            expert_policy=expert_policy,
+            expert_min_tokens=expert_min_tokens,
         ),
         calibration=options.override(
             recipe.calibration, source=calibration, num_samples=num_samples, seq_len=seq_len, seed=seed

@@ -34,6 +34,8 @@ scales = "search"                # "search" (weighted by the Hessian) or "minmax
 asymmetric_calibration = true    # solve against the full-precision model's inputs; false saves time
 rounding_only = false            # true: no GPTQ, the baseline of comparisons
 checkpoint_format = "gptq"       # "gptq" (every runtime reads it) or "gptq_v2"
+expert_policy = "route-all"      # an expert with too few tokens: "route-all", "pool" or "round"
+expert_min_tokens = 64           # fewest tokens per group of an expert's input columns
 
 [calibration]
 source = "bundled"               # "bundled", or a .json, .jsonl or .txt file

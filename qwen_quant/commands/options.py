@@ -75,6 +75,17 @@ CheckpointFormat = Annotated[
     Literal["gptq", "gptq_v2"] | None,
     typer.Option("--format", help="qzeros hold zero-1 (gptq), as every runtime reads, or zero (gptq_v2) (gptq)"),
 ]
+ExpertPolicy = Annotated[
+    Literal["route-all", "pool", "round"] | None,
+    typer.Option(
+        "--expert-policy",
+        help="a routed expert with too few tokens: give it all, give it some of the layer's, or round it (route-all)",
+    ),
+]
+ExpertMinTokens = Annotated[
+    int | None,
+    typer.Option("--expert-min-tokens", help="fewest tokens per group of an expert's input columns (64)"),
+]
 RoundingOnly = Annotated[
     bool | None, typer.Option("--rounding-only", help="no GPTQ, only rounding: the baseline row", show_default=False)
 ]
