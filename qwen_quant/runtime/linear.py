@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,8 @@ class Int4Linear(nn.Module):
     """y = x W^T + bias with W quantized; few rows by a fast kernel, many by dequantized tiles.
 
     Gradients flow to the inputs (by tiles), not to the weight. The weight is packed for one device, so moving the
-    module to another one is refused, and `state_dict` is: the artifact on disk is the saved form.
+    module to another one is refused. `state_dict` holds the bias only: the folder it came from is the saved form, and
+    models with such linears refuse `save_pretrained`.
 
     Attributes:
         in_features, out_features: shape of the weight.
@@ -83,7 +83,9 @@ class Int4Linear(nn.Module):
         if kernel.width != self.in_features:
             rows = functional.pad(rows, (0, kernel.width - self.in_features))
         many = rows.shape[0] >= kernel.prefill_rows
-        out = kernel.by_tiles(rows) if many or (rows.requires_grad and torch.is_grad_enabled()) else kernel.product(rows)
+        out = (
+            kernel.by_tiles(rows) if many or (rows.requires_grad and torch.is_grad_enabled()) else kernel.product(rows)
+        )
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
         return out.view(*inputs.shape[:-1], self.out_features)
@@ -112,10 +114,3 @@ class Int4Linear(nn.Module):
             )
         super()._apply(fn, recurse)
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        raise UsageError(
-            f"the packed weight of '{prefix.removesuffix('.')}' cannot be saved",
-            "it is laid out for this machine's kernel",
-            "copy the folder that it was loaded from",
-        )

@@ -73,7 +73,7 @@ def choose_kernel(
         raise UsageError(f"kernel {only!r} does not exist", next_step=f"choose one of: {', '.join(KERNEL_NAMES)}")
     grouped = grouped_weight(weight)
     facts = _facts(weight, grouped, bits, device, dtype)
-    not_taken = []
+    not_taken: list[tuple[str, str]] = []
     for kernel in preferred(device, dtype):
         if only not in (None, kernel.name):
             continue
@@ -101,9 +101,9 @@ def proof_failure(kernel: FastKernel, device: str) -> str:
     generator = torch.Generator().manual_seed(0)
     rows, width = PROVEN_ON
     codes = torch.randint(0, 16, (rows, width), generator=generator, dtype=torch.uint8)
-    scales = torch.randn(rows, width // 32, generator=generator).mul(0.01).half()
+    scales = torch.randn(rows, width // 32, generator=generator, dtype=torch.float32).mul(0.01).half()
     zeros = torch.randint(0, 16, (rows, width // 32), generator=generator, dtype=torch.uint8)
-    inputs = torch.randn(3, width, generator=generator)
+    inputs = torch.randn(3, width, generator=generator, dtype=torch.float32)
     worst = 0.0
     for group_size in (32, 128):
         groups = width // group_size

@@ -159,7 +159,7 @@ class NativeKernel(Kernel):
         """[rows, width] -> [rows, out] in the dtype of the inputs."""
         values = inputs.float().contiguous()
         rows = values.shape[0]
-        out = torch.empty(rows, self.out_features)
+        out = torch.empty(rows, self.out_features, dtype=torch.float32)
         sizes = (rows, self.out_features, self.width, self.group_size, torch.get_num_threads())
         weights = [part.data_ptr() for part in self.tensors] + [None] * (self.zeros is None)
         if library().product(*weights, values.data_ptr(), out.data_ptr(), *sizes):
@@ -168,7 +168,7 @@ class NativeKernel(Kernel):
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """FP32 [stop - start, width]."""
-        out = torch.empty(stop - start, self.width)
+        out = torch.empty(stop - start, self.width, dtype=torch.float32)
         parts = [part[start:stop].data_ptr() for part in self.tensors] + [None] * (self.zeros is None)
         sizes = (stop - start, self.width, self.group_size, torch.get_num_threads())
         library().dequantize(*parts, out.data_ptr(), *sizes)

@@ -1,4 +1,4 @@
-"""The kernel that always works: codes stay as the file packs them, and tiles of rows are dequantized for each product."""
+"""The kernel that always works: codes stay as files pack them, and each product dequantizes them tile by tile."""
 
 from __future__ import annotations
 

@@ -79,17 +79,17 @@ class _TorchKernel(Kernel):
 
 @cache
 def cpu_row_order(rows: int) -> tuple[int, tuple[int, ...]]:
-    """(block, order): how the CPU operator lays out `rows` rows; it differs by instruction set and for a last block.
+    """(block, order): how the CPU operator lays out `rows` rows; it differs by instruction set.
 
     Blocks of `block` rows follow each other; within one, each column is block / 2 bytes, whose nibbles, low first,
-    belong to the block's rows in `order`. Found by packing the position of every weight, one base-16 digit at a time.
+    belong to the block's rows in `order`. `rows` is whole blocks, or one block that is smaller, as the last one may be. Found by packing the position of every weight, one base-16 digit at a time.
 
     Errors: RuntimeError when the operator lays them out otherwise.
     """
     columns = 2
     place = torch.arange(rows * columns)
     found = torch.zeros(rows * columns, dtype=torch.int64)
-    for shift in range(0, max(place[-1].item().bit_length(), 1), 4):
+    for shift in range(0, (rows * columns - 1).bit_length(), 4):
         digits = (place >> shift & 15).int().view(rows, columns)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(digits, INNER_TILES).flatten().long()
         found |= torch.stack((packed & 15, packed >> 4), 1).flatten() << shift
