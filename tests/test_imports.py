@@ -18,6 +18,8 @@ LEVELS = (
         "preparation",
         "plan",
         "sequential",
+        "bnb_plan",
+        "bnb_convert",
         "evaluation",
         "tasks",
         "inspection",
