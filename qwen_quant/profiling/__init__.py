@@ -1,0 +1,1 @@
+"""Speed and memory of a model, each figure from a process of its own: the parts of the `profile` stage."""

@@ -1,0 +1,209 @@
+"""One measurement in a process of its own: `python -m qwen_quant.profiling.child REQUEST.json ANSWER.json`.
+
+The request is {"task": "bandwidth"} or {"task": "measure", "folder", "cell"} with "settings", the fields of a
+ProfileConfig. The answer is an object with "status": "measured" and the figures, "oom" or "failed" with "reason", or
+"error" with the fields of an InputError. A process that ends without an answer was ended by the system.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from qwen_quant.environment import memory_bytes
+from qwen_quant.errors import QwenQuantError
+from qwen_quant.kv_cache import cache_nbytes, make_cache
+from qwen_quant.process import tune_process
+from qwen_quant.profiling.energy import energy_meter, joules_between
+from qwen_quant.profiling.memory import (
+    Peak,
+    limit_memory,
+    out_of_memory_reason,
+    read_peak,
+    reset_peak,
+    resident_bytes,
+    weights_nbytes,
+)
+from qwen_quant.profiling.protocol import Cell
+from qwen_quant.profiling.results import FAILED, MEASURED, OOM
+from qwen_quant.profiling.roofline import read_bandwidth, synchronize
+from qwen_quant.profiling.timing import Timing, time_generation
+from qwen_quant.results import to_json
+from qwen_quant.runtime.loading import WeightSource, load_model
+from qwen_quant.runtime.quantized_model import bytes_per_token, load_quantized
+
+ERROR = "error"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed generation: its times, joules (None: not counted), bytes and tokens in its cache at the end."""
+
+    timing: Timing
+    joules: float | None
+    cache_bytes: int
+    cache_tokens: int
+
+
+class Generation:
+    """Greedy decoding of one batch, one call a token; every call returns when the device is done."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, kv_cache: str) -> None:
+        self.model, self.next = model, ids
+        self.cache: Cache = make_cache(model.config, kv_cache)
+
+    def step(self) -> None:
+        """Feed what is new, take the most likely token of each row; no stop token ends it."""
+        with torch.inference_mode():
+            logits = self.model(self.next, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            self.next = logits[:, -1].argmax(-1, keepdim=True)
+        synchronize(self.next.device)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of "auto", "cpu" or "cuda" (QwenQuantError when there is no GPU and one is wanted)."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise QwenQuantError("there is no CUDA device", "torch finds none", "use --device cpu")
+    return torch.device("cuda", 0) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_for_profile(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
+    """The model as it would be served, and what multiplies its weights: packed for GPTQ, dense for everything else."""
+    source = WeightSource(folder)
+    if source.packed is not None:
+        model = load_quantized(folder, device, dtype)
+        return model, model.kernel_report.summary()
+    said = f"dense {str(dtype).removeprefix('torch.')}"
+    if source.is_quantized:
+        said += f" ({source.kind} dequantized at load: no packed kernel here)"
+    return load_model(folder, device, dtype), said
+
+
+def measure(folder: Path, cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
+    """Load, warm up, and time the runs of one cell; the peaks are those of the load and the first run."""
+    device = pick_device(settings["device"])
+    used_before, process_bytes = _device_used(device), 0 if device.type == "cuda" else resident_bytes()
+    model, kernel = load_for_profile(folder, device, _DTYPES[settings["dtype"]])
+    load_peak = read_peak(device)
+    reset_peak(device)
+    ids = torch.randint(
+        0,
+        model.config.vocab_size,
+        (cell.batch_size, cell.context_tokens),
+        generator=torch.Generator().manual_seed(_SEED),
+    ).to(device)
+    if settings["warmup_tokens"]:
+        warm_up(model, ids, cell, settings["warmup_tokens"])
+    seconds, started = settings["max_seconds"], time.monotonic()
+    share = None if seconds is None else seconds / settings["runs"]
+    runs = [run(model, ids, cell, share)]
+    run_peak = read_peak(device)
+    # A prefill is one call that cannot be cut: when it has used up the time, there are fewer runs.
+    while len(runs) < settings["runs"] and (seconds is None or time.monotonic() - started < seconds):
+        runs.append(run(model, ids, cell, share))
+    return {
+        "status": MEASURED,
+        "reason": "",
+        "kernel": kernel,
+        "runs": to_json(runs),
+        "energy_source": energy_meter(device).source,
+        "process_bytes": process_bytes,
+        "weights_bytes": weights_nbytes(model),
+        "step_weights_bytes": bytes_per_token(model),
+        **_peaks(load_peak, run_peak, used_before),
+    }
+
+
+def warm_up(model: PreTrainedModel, ids: Tensor, cell: Cell, tokens: int) -> None:
+    """One short generation of the same shape: a short context where there is one, so that no peak comes from here."""
+    generation = Generation(model, ids[:, : max(1, min(ids.shape[1], tokens))], cell.kv_cache)
+    for _ in range(min(tokens, cell.new_tokens)):
+        generation.step()
+
+
+def run(model: PreTrainedModel, ids: Tensor, cell: Cell, max_seconds: float | None) -> Run:
+    """One timed generation with a new cache."""
+    generation, meter = Generation(model, ids, cell.kv_cache), energy_meter(ids.device)
+    before = meter.read()
+    timing = time_generation(generation.step, generation.step, cell.new_tokens, time.perf_counter, max_seconds)
+    joules = joules_between(before, meter.read())
+    cache = generation.cache
+    return Run(timing, joules, cache_nbytes(cache), int(cache.get_seq_length()))
+
+
+def _device_used(device: torch.device) -> int:
+    """Bytes of a GPU that others use (0 on the CPU)."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def _peaks(load: Peak, run: Peak, used_before: int) -> dict[str, Any]:
+    both = (load.device_bytes, run.device_bytes)
+    device = None if both[0] is None or both[1] is None else max(both[0], both[1]) - used_before
+    return {
+        "peak_bytes": max(load.process_bytes, run.process_bytes),
+        "generation_peak_bytes": run.process_bytes,
+        "device_peak_bytes": device,
+    }
+
+
+def bandwidth(settings: dict[str, Any]) -> dict[str, Any]:
+    """The device, its name, threads and read bandwidth."""
+    device = pick_device(settings["device"])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    threads = 0 if device.type == "cuda" else torch.get_num_threads()
+    rate = read_bandwidth(device)
+    return {"status": MEASURED, "device": device.type, "name": name, "threads": threads, "bytes_per_second": rate}
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Do what a request asks; a lack of memory and bad input are answers, and so is any other failure."""
+    settings = request["settings"]
+    try:
+        if settings["threads"]:
+            torch.set_num_threads(settings["threads"])
+        if settings["device"] != "cuda" and not torch.cuda.is_available():
+            limit_memory(settings["memory_limit_bytes"] or memory_bytes()[1] or sys.maxsize)
+        elif settings["memory_limit_bytes"]:
+            device = pick_device(settings["device"])
+            share = settings["memory_limit_bytes"] / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        if request["task"] == "bandwidth":
+            return bandwidth(settings)
+        return measure(Path(request["folder"]), Cell(**request["cell"]), settings)
+    except QwenQuantError as error:
+        return {"status": ERROR, "what": error.what, "why": error.why, "next_step": error.next_step}
+    except Exception as error:  # noqa: BLE001 (a measurement that fails is reported in its cell; the sweep goes on)
+        reason = out_of_memory_reason(error)
+        if reason is not None:
+            return {"status": OOM, "reason": reason}
+        if os.environ.get("QWEN_QUANT_DEBUG"):
+            raise
+        return {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
+
+
+def main(arguments: list[str]) -> None:
+    """Read the request, answer it, write the answer (renamed into place: half an answer is none)."""
+    request_path, answer_path = map(Path, arguments)
+    tune_process()
+    text = json.dumps(answer(json.loads(request_path.read_text(encoding="utf-8"))))
+    partial = answer_path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, answer_path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
