@@ -18,6 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from qwen_quant.errors import InputError
 from qwen_quant.models.skeleton import compute_dtype, expected_tensors, meta_model
+from qwen_quant.runtime.head import keep_bf16, kept_dtype
+from qwen_quant.runtime.head import refusal as head_refusal
 from qwen_quant.runtime.linear import Int4Linear, LinearSettings
 from qwen_quant.runtime.loading import WeightSource
 
@@ -51,10 +53,12 @@ class KernelReport:
     Attributes:
         linears: one entry for each quantized linear, in the model's order.
         seconds: time to load and pack.
+        head: what runs the output head.
     """
 
     linears: tuple[LinearKernel, ...]
     seconds: float
+    head: str = "torch"
 
     def counts(self) -> dict[str, int]:
         """Kernel -> number of linears."""
@@ -71,7 +75,8 @@ class KernelReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values for a report."""
         linears = [asdict(entry) for entry in self.linears]
-        return {"counts": self.counts(), "reasons": self.reasons(), "seconds": self.seconds, "linears": linears}
+        totals = {"counts": self.counts(), "reasons": self.reasons(), "seconds": self.seconds, "head": self.head}
+        return {**totals, "linears": linears}
 
     def summary(self) -> str:
         """One line for people: counts, and why others were passed over."""
@@ -97,7 +102,8 @@ def kernel_report(model: nn.Module, seconds: float) -> KernelReport:
         for name, module in model.named_modules()
         if isinstance(module, Int4Linear)
     ]
-    return KernelReport(tuple(entries), seconds)
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return KernelReport(tuple(entries), seconds, getattr(head, "name", "torch"))
 
 
 def bytes_per_token(model: nn.Module) -> int:
@@ -151,6 +157,11 @@ def load_quantized(
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and source.base_of(f"{name}.weight"):
             model.set_submodule(name, _linear(source, name, module, settings))
+    spec = source.spec
+    head, embedding = spec.family.head, spec.family.embedding
+    stored = source.reader.info(f"{embedding}.weight").dtype
+    if not head_refusal(model.get_submodule(head), stored, place, dtype):
+        keep_bf16(model, head, embedding)
     _fill(source, model, place, dtype)
     report = kernel_report(model, time.perf_counter() - started)
     model.kernel_report = report
@@ -188,8 +199,8 @@ def _fill(source: WeightSource, model: PreTrainedModel, device: torch.device, dt
             continue
         value = source.dense(name)
         _check_shape(source, name, value, tuple(parameter.shape))
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
+        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        setattr(owner, leaf, nn.Parameter(value.to(device, kept_dtype(owner, dtype)), requires_grad=False))
     model.tie_weights()
     decoder = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config).to(device)

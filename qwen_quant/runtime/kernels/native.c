@@ -150,3 +150,30 @@ void dequantize(const uint8_t *codes, const uint16_t *scales, const uint8_t *zer
         }
     }
 }
+
+/* out[count, rows] = inputs[count, width] times transposed BF16 weights [rows, width]; sums in FP32. */
+void bf16_product(const uint16_t *weights, const float *inputs, float *out, int64_t count, int64_t rows, int64_t width,
+                  int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t n = 0; n < rows; n++) {
+        const uint16_t *w = weights + n * width;
+        for (int64_t m = 0; m < count; m++) {
+            const float *x = inputs + m * width;
+            __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+            int64_t k = 0;
+            for (; k + 32 <= width; k += 32)
+                for (int i = 0; i < 4; i++) {
+                    const __m128i part = _mm_loadu_si128((const __m128i *)(w + k + 8 * i));
+                    const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(part), 16);
+                    sums[i] = _mm256_fmadd_ps(_mm256_castsi256_ps(wide), _mm256_loadu_ps(x + k + 8 * i), sums[i]);
+                }
+            float rest = 0;
+            for (; k < width; k++) {
+                union { uint32_t bits; float value; } one = {(uint32_t)w[k] << 16};
+                rest += one.value * x[k];
+            }
+            out[m * rows + n] =
+                rest + horizontal(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+        }
+    }
+}

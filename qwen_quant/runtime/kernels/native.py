@@ -97,8 +97,21 @@ def library() -> ctypes.CDLL:
         raise NativeUnavailable("the processor lacks AVX2, FMA or F16C")
     loaded.product.argtypes = [*[_POINTER] * 5, *[_SIZE] * 4, _INT]
     loaded.dequantize.argtypes = [*[_POINTER] * 4, *[_SIZE] * 3, _INT]
-    loaded.dequantize.restype = None
+    loaded.bf16_product.argtypes = [*[_POINTER] * 3, *[_SIZE] * 3, _INT]
+    loaded.dequantize.restype = loaded.bf16_product.restype = None
     return loaded
+
+
+def bf16_product(inputs: Tensor, weight: Tensor) -> Tensor:
+    """FP32 [rows, in] times BF16 [out, in] transposed -> FP32 [rows, out]; both on the CPU, sums in FP32.
+
+    Errors: NativeUnavailable.
+    """
+    values, (rows, out_features) = inputs.contiguous(), (inputs.shape[0], weight.shape[0])
+    out = torch.empty(rows, out_features, dtype=torch.float32)
+    sizes = (rows, out_features, weight.shape[1], torch.get_num_threads())
+    library().bf16_product(weight.data_ptr(), values.data_ptr(), out.data_ptr(), *sizes)
+    return out
 
 
 def _pack(codes: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def cpu_row_order(rows: int) -> tuple[int, tuple[int, ...]]:
     """(block, order): how the CPU operator lays out `rows` rows; it differs by instruction set.
 
     Blocks of `block` rows follow each other; within one, each column is block / 2 bytes, whose nibbles, low first,
-    belong to the block's rows in `order`. `rows` is whole blocks, or one block that is smaller, as the last one may be. Found by packing the position of every weight, one base-16 digit at a time.
+    belong to the block's rows in `order`. `rows` is whole blocks, or one block that is smaller, as the last one may be.
+    Found by packing the position of every weight, one base-16 digit at a time.
 
     Errors: RuntimeError when the operator lays them out otherwise.
     """
