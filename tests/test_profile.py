@@ -1,0 +1,507 @@
+"""profile: the published protocol, timing on a fake clock, fresh processes, out of memory as a result."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import xml.dom.minidom
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_quant import cli, profile
+from qwen_quant.errors import InputError, UsageError
+from qwen_quant.profile import Subject, measurement, profile_models
+from qwen_quant.profiling import child, memory, parent
+from qwen_quant.profiling.energy import energy_meter, joules_between
+from qwen_quant.profiling.page import render_page, write_outputs
+from qwen_quant.profiling.protocol import Cell, ProfileConfig, parse_numbers, planned_cells
+from qwen_quant.profiling.published import matching, published_figures
+from qwen_quant.profiling.results import FAILED, MEASURED, OOM, ProfileResult, read_profile, write_profile
+from qwen_quant.profiling.roofline import roofline
+from qwen_quant.profiling.tables import tables
+from qwen_quant.profiling.timing import Timing, clear_slope, latency_curve, percentile, time_generation, total_seconds
+from qwen_quant.runtime.loading import load_model
+from tests.support.artifacts import make_artifact
+from tests.support.checkpoints import make_checkpoint
+
+SMALL = ProfileConfig(batch_sizes=(2,), new_tokens=(5,), runs=2, warmup_tokens=1, device="cpu", threads=1)
+
+
+class FakeClock:
+    """A clock that only moves when told: prefill takes 1 s, step k takes 0.1 + k x `growth` s."""
+
+    def __init__(self, growth: float = 0.0) -> None:
+        self.now, self.growth, self.steps = 100.0, growth, 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def prefill(self) -> None:
+        self.now += 1.0
+
+    def step(self) -> None:
+        self.now += 0.1 + self.growth * self.steps
+        self.steps += 1
+
+
+def timed(clock: FakeClock, tokens: int, max_seconds: float | None = None) -> Timing:
+    return time_generation(clock.prefill, clock.step, tokens, clock, max_seconds)
+
+
+# Protocol.
+
+
+def test_the_default_is_the_published_protocol() -> None:
+    assert planned_cells(ProfileConfig()) == (Cell(1, 2048), Cell(1, 8192), Cell(2048, 1))
+
+
+def test_sweeps_are_the_published_cache_tables() -> None:
+    by_batch = planned_cells(ProfileConfig(batch_sizes=(1, 100), kv_caches=("bf16", "int8")))
+    assert by_batch == tuple(Cell(1, 1024, batch, kind) for kind in ("bf16", "int8") for batch in (1, 100))
+    assert planned_cells(ProfileConfig(new_tokens=(512, 8192))) == (Cell(1, 512), Cell(1, 8192))
+    both = planned_cells(ProfileConfig(batch_sizes=(1, 4, 4), new_tokens=(8, 16), context_tokens=3))
+    assert both == tuple(Cell(3, new, batch) for batch in (1, 4) for new in (8, 16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"batch_sizes": (4, 0)}, "batch size is 0"),
+        ({"new_tokens": (-1,)}, "new tokens is -1"),
+        ({"runs": 0}, "runs is 0"),
+        ({"max_seconds": 0.0}, "max_seconds is 0"),
+        ({"max_seconds": math.nan}, "max_seconds is nan"),
+        ({"kv_caches": ("bf16", "fp8")}, "kv_cache is 'fp8'"),
+        ({"context_tokens": 0}, "context_tokens is 0"),
+        ({"dtype": "int4"}, "dtype is 'int4'"),
+    ],
+)
+def test_values_that_cannot_be_measured(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        ProfileConfig(**changes)
+
+
+def test_numbers_on_the_command_line() -> None:
+    assert parse_numbers(None, "--x") == () and parse_numbers("1,4, 16", "--x") == (1, 4, 16)
+    with pytest.raises(UsageError, match="--batch-sizes is '1,a'"):
+        parse_numbers("1,a", "--batch-sizes")
+
+
+# Timing, on a fake clock.
+
+
+def test_every_token_is_timed_and_the_first_apart() -> None:
+    timing = timed(FakeClock(), 11)
+    assert timing.first_token_seconds == pytest.approx(1.0)
+    assert timing.step_seconds == pytest.approx((0.1,) * 10)
+    assert timing.tokens == 11 and total_seconds(timing) == pytest.approx(2.0)
+    assert timed(FakeClock(), 1).step_seconds == ()
+
+
+def test_a_budget_stops_the_generation_and_the_rest_is_extrapolated() -> None:
+    timing = timed(FakeClock(), 1001, max_seconds=5.0)
+    assert timing.tokens in (41, 42)
+    assert total_seconds(timing) == pytest.approx(101.0)
+
+
+def test_extrapolation_follows_a_time_that_grows_with_the_context() -> None:
+    full = timed(FakeClock(growth=1e-3), 2000)
+    cut = timed(FakeClock(growth=1e-3), 2000, max_seconds=60.0)
+    assert 64 < cut.tokens < 500
+    assert total_seconds(cut) == pytest.approx(total_seconds(full), rel=1e-6)
+
+
+def test_noise_is_no_growth() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.1 + 0.02 * torch.rand(200, generator=generator)).tolist()
+    assert clear_slope(noise) < 2e-5
+    assert clear_slope([0.3 - 1e-3 * k for k in range(100)]) == 0
+    assert clear_slope([0.1 * k for k in range(10)]) == 0  # too few to tell
+
+
+def test_a_long_prefill_is_not_cut_before_a_few_tokens() -> None:
+    assert timed(FakeClock(), 100, max_seconds=0.5).tokens == 4
+
+
+def test_percentiles() -> None:
+    values = [float(k) for k in range(101)]
+    assert percentile(values, 0.5) == 50 and percentile(values, 0.99) == 99
+    assert percentile([3.0, 1.0], 0.5) == 2 and percentile([7.0], 0.99) == 7
+
+
+def test_the_curve_has_medians_of_equal_stretches() -> None:
+    curve = latency_curve(Timing(1.0, tuple([1.0] * 64 + [2.0] * 64), 129))
+    assert len(curve) == 64 and curve[0] == (3, 1.0) and curve[-1] == (129, 2.0)
+    assert latency_curve(Timing(1.0, (), 1)) == ()
+
+
+# Figures from an answer.
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    """What a child says of two runs of 4 x (8 + 5) tokens."""
+    runs = [
+        {
+            "timing": {"first_token_seconds": 2.0, "step_seconds": [step] * 4, "wanted_tokens": 5},
+            "joules": joules,
+            "cache_bytes": 1200,
+            "cache_tokens": 12,
+        }
+        for step, joules in ((0.5, 30.0), (1.0, 10.0))
+    ]
+    sizes = {"process_bytes": 300, "weights_bytes": 1000, "step_weights_bytes": 900, "device_peak_bytes": None}
+    peaks = {"peak_bytes": 4000, "generation_peak_bytes": 3500}
+    words = {"status": MEASURED, "reason": "", "kernel": "dense bfloat16", "energy_source": "RAPL package"}
+    return {**words, "runs": runs, **sizes, **peaks, **changes}
+
+
+def test_figures_are_medians_of_the_runs() -> None:
+    m = measurement("m", Cell(8, 5, 4), answer(), bandwidth=1e4)
+    assert m.speed is not None and m.memory is not None and m.roofline is not None
+    assert not m.extrapolated and m.measured_tokens == 5
+    rates = m.speed.tokens_per_second
+    assert (rates.high, rates.low, rates.runs) == (pytest.approx(20 / 4), pytest.approx(20 / 6), 2)
+    assert rates.median == pytest.approx((20 / 4 + 20 / 6) / 2)
+    assert m.speed.inter_token_p50_seconds == pytest.approx(0.75)
+    assert m.speed.prefill_tokens_per_second == pytest.approx(4 * 8 / 2)
+    assert m.speed.joules_per_token == pytest.approx(40 / (4 * 5 * 2))
+    assert (m.memory.peak_bytes, m.memory.rest_bytes, m.memory.extrapolated) == (4000, 1000, False)
+    assert m.roofline.bytes_per_step == 900 + 100 * (8 + 2)
+    assert m.roofline.tokens_per_second == pytest.approx(4 * 1e4 / 1900)
+    assert m.roofline.share == pytest.approx((4 / 0.75) / (4 * 1e4 / 1900))
+
+
+def test_a_cut_run_is_marked_and_its_cache_completed() -> None:
+    m = measurement("m", Cell(8, 105, 4), cut_answer(105), bandwidth=1e4)
+    assert m.extrapolated and m.measured_tokens == 5 and m.speed is not None and m.memory is not None
+    assert m.speed.seconds.low == pytest.approx(2 + 104 * 0.5)
+    assert m.memory.extrapolated and m.memory.kv_cache_bytes == 1200 + 100 * 100
+    assert m.memory.generation_peak_bytes == 3500 + 100 * 100 and m.memory.rest_bytes == 1000
+
+
+def cut_answer(wanted: int) -> dict[str, Any]:
+    found = answer()
+    for run in found["runs"]:
+        run["timing"]["wanted_tokens"] = wanted
+    return found
+
+
+def test_one_token_has_no_decoding_figures() -> None:
+    found = answer()
+    for run in found["runs"]:
+        run["timing"] = {"first_token_seconds": 2.0, "step_seconds": [], "wanted_tokens": 1}
+    m = measurement("m", Cell(2048, 1), found, bandwidth=1e4)
+    assert m.speed is not None and m.speed.inter_token_p50_seconds is None and m.roofline is None
+    assert m.speed.prefill_tokens_per_second == 1024
+
+
+def test_energy_is_left_out_where_a_run_was_not_counted() -> None:
+    found = answer()
+    found["runs"][1]["joules"] = None
+    m = measurement("m", Cell(8, 5, 4), found, bandwidth=0.0)
+    assert m.speed is not None and m.speed.joules_per_token is None and m.roofline is None
+    assert joules_between(5.0, 3.0) is None and joules_between(3.0, 5.0) == 2.0
+
+
+def test_rapl_counters_are_read_and_summed(tmp_path: Path) -> None:
+    for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text("1500000\n")
+    cpu = torch.device("cpu")
+    meter = energy_meter(cpu, tmp_path)
+    assert meter.source == "RAPL package" and meter.read() == pytest.approx(3.0)
+    assert energy_meter(cpu, tmp_path / "none").read() is None
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert "root" in energy_meter(cpu, tmp_path).source
+
+
+def test_roofline_by_hand() -> None:
+    line = roofline(Cell(1, 10, 2), weights_bytes=300, cache_bytes=100, bandwidth=4000.0, step_seconds=0.2)
+    assert line is not None and line.tokens_per_second == 20 and line.share == pytest.approx(0.5)
+    assert roofline(Cell(1, 1), 300, 100, 4000.0, None) is None
+
+
+# Published figures.
+
+
+def test_published_figures_are_those_of_the_same_model_and_cells() -> None:
+    rows = published_figures("qwen", 4096, 32, "16-bit")
+    found = {(row.quantity, row.cell): row.value for row in rows}
+    assert found["tokens_per_second", Cell(1, 2048)] == 30.34 and found["peak_memory", Cell(2048, 1)] == 17.66
+    assert found["peak_memory", Cell(1, 1024, 64, "bf16")] is None  # out of memory there
+    assert found["peak_memory", Cell(1, 1024, 100, "int8")] == 72.4
+    assert all(row.hardware.startswith("A100") for row in rows)
+    int4 = published_figures("qwen", 5120, 40, "gptq 4 bit")
+    assert [row.value for row in int4] == [37.11, 26.11, 13.00, 21.79]
+    for wrong in (("qwen2", 4096, 32, "16-bit"), ("qwen", 2048, 24, "16-bit"), ("qwen", 4096, 32, "gptq 3 bit")):
+        assert published_figures(*wrong) == ()
+    assert [row.cell for row in matching(rows, (Cell(1, 1024, 4, "qwen"),))] == [Cell(1, 1024, 4, "int8")]
+
+
+# The child, in this process.
+
+
+def request(folder: Path, cell: Cell, **changes: Any) -> dict[str, Any]:
+    settings = {**profile.asdict(SMALL), **changes}
+    return {"task": "measure", "folder": str(folder), "cell": profile.asdict(cell), "settings": settings}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("profile") / "tiny", "qwen2", tied=False)
+
+
+@pytest.fixture
+def no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "limit_memory", lambda limit: None)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "qwen"])
+def test_a_measurement_counts_what_it_generated(folder: Path, kind: str, no_limit: None) -> None:
+    found = child.answer(request(folder, Cell(3, 6, 2, kind)))
+    assert found["status"] == MEASURED and len(found["runs"]) == 2
+    for run in found["runs"]:
+        assert len(run["timing"]["step_seconds"]) == 5 and run["cache_tokens"] == 8
+    tokens = 8 if kind == "bf16" else 256
+    width = {"bf16": 2 * 32, "int8": 32 + 2, "qwen": 32 + 4}[kind]
+    assert found["runs"][0]["cache_bytes"] == 2 * 2 * 2 * 2 * tokens * width  # layers, k and v, rows, heads
+    weights = sum(p.nbytes for p in load_model(folder, dtype=torch.bfloat16).parameters())
+    assert found["weights_bytes"] == pytest.approx(weights, rel=0.01)
+    assert found["weights_bytes"] - found["step_weights_bytes"] >= 320 * 128 * 2  # the embedding is only looked up
+    assert found["generation_peak_bytes"] > found["process_bytes"] > 0
+
+
+def test_a_stop_token_does_not_end_it(folder: Path) -> None:
+    model = load_model(folder)
+    with torch.no_grad():
+        likely = int(model(torch.tensor([[5]])).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = model.config.eos_token_id = likely
+    run = child.run(model, torch.tensor([[5]]), Cell(1, 7), None)
+    assert run.timing.tokens == 7 and run.cache_tokens == 7
+
+
+def test_packed_folders_say_what_multiplied_them(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "int4"
+    make_artifact(folder, out)
+    model, kernel = child.load_for_profile(out, torch.device("cpu"), torch.float32)
+    assert kernel == model.kernel_report.summary() and kernel.startswith("14 x ")
+    dense, kernel = child.load_for_profile(folder, torch.device("cpu"), torch.bfloat16)
+    assert kernel == "dense bfloat16"
+    assert memory.weights_nbytes(model) < 0.7 * memory.weights_nbytes(dense)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryError("no more"), OOM),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), OOM),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), OOM),
+        (OSError(12, "Cannot allocate memory"), OOM),
+        (RuntimeError("shapes cannot be multiplied"), FAILED),
+        (ValueError("odd"), FAILED),
+    ],
+)
+def test_out_of_memory_is_told_from_other_failures(
+    folder: Path, error: Exception, status: str, no_limit: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(child, "measure", fail)
+    found = child.answer(request(folder, Cell(1, 2)))
+    assert found["status"] == status and str(error.args[-1])[:20] in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "status"),
+    [
+        (-signal.SIGKILL, "", OOM),
+        (137, "Killed\n", OOM),
+        (-signal.SIGABRT, "terminate called after throwing an instance of 'std::bad_alloc'\n", OOM),
+        (1, "libgomp: Thread creation failed: Resource temporarily unavailable\n", OOM),
+        (-signal.SIGSEGV, "a line\n", FAILED),
+        (1, "ImportError: no torch\n", FAILED),
+    ],
+)
+def test_a_process_without_an_answer(code: int, said: str, status: str) -> None:
+    found = parent.death(code, said)
+    assert found["status"] == status and found["reason"]
+
+
+# Fresh processes.
+
+
+def test_a_fresh_process_measures_and_its_memory_limit_is_a_result(folder: Path) -> None:
+    """The same request with and without room: figures, then "oom" from torch's own allocator."""
+    found = parent.ask(request(folder, Cell(2, 3, 2)))
+    assert found["status"] == MEASURED and len(found["runs"]) == 2
+    found = parent.ask(request(folder, Cell(2, 3, 60000), memory_limit_bytes=400 << 20))
+    assert found["status"] == OOM and found["reason"]
+
+
+def test_bad_input_in_the_child_is_an_error_here(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
+    with pytest.raises(InputError, match="nosuch"):
+        parent.ask(request(tmp_path, Cell(1, 2)))
+
+
+# The stage and the command, with a child that only answers.
+
+
+class FakeChild:
+    """Answers as a child would; the cell of `oom` runs out of memory, that of `failed` fails."""
+
+    def __init__(self, oom: Cell | None = None, failed: Cell | None = None) -> None:
+        self.oom, self.failed, self.requests = oom, failed, list[dict[str, Any]]()
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.requests.append(request)
+        if request["task"] == "bandwidth":
+            return {"status": MEASURED, "device": "cpu", "name": "", "threads": 2, "bytes_per_second": 1e10}
+        cell = Cell(**request["cell"])
+        if cell == self.oom:
+            return {"status": OOM, "reason": "can't allocate memory"}
+        if cell == self.failed:
+            return {"status": FAILED, "reason": "ValueError: odd"}
+        found = cut_answer(cell.new_tokens)
+        found["runs"] = found["runs"][:1] if request["folder"].endswith("b") else found["runs"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
+    place = tmp_path_factory.mktemp("pair")
+    return [Subject(name, make_checkpoint(place / name, "qwen2")) for name in ("a", "b")]
+
+
+SWEEP = ProfileConfig(batch_sizes=(1, 4), new_tokens=(5, 50), kv_caches=("bf16", "int8"))
+
+
+@pytest.fixture
+def swept(pair: list[Subject]) -> Iterator[ProfileResult]:
+    yield profile_models(pair, SWEEP, ask_child=FakeChild(oom=Cell(1, 50, 4, "bf16")))
+
+
+def test_out_of_memory_is_a_cell_and_the_sweep_goes_on(swept: ProfileResult) -> None:
+    assert len(swept.measurements) == 2 * 8
+    statuses = [m.status for m in swept.measurements]
+    assert statuses.count(OOM) == 2 and statuses.count(MEASURED) == 14
+    shown = {table.title: table for table in tables(swept)}
+    row = next(row for row in shown["Speed"].rows if row[:3] == ("a", "1 + 50 x 4 rows", "bf16"))
+    assert row[3] == "oom" and "oom" in str(shown["Peak memory, one process each"].rows)
+    assert "~" in next(r for r in shown["Speed"].rows if r[:3] == ("a", "1 + 50", "bf16"))[3]
+    assert sum("extrapolated from 5 tokens" in text for text in swept.warnings) == 6
+
+
+def test_ratios_are_over_the_first_model(swept: ProfileResult) -> None:
+    assert len(swept.ratios) == 8 and {r.baseline for r in swept.ratios} == {"a"}
+    by_cell = {r.cell: r for r in swept.ratios}
+    assert by_cell[Cell(1, 50, 4, "bf16")].tokens_per_second is None
+    ratio = by_cell[Cell(1, 5)].tokens_per_second  # b: 5 tokens in 4 s; a: median of 4 s and 6 s
+    assert ratio == pytest.approx((5 / 4) / ((5 / 4 + 5 / 6) / 2))
+    assert by_cell[Cell(1, 5)].generation_peak_bytes == 1
+
+
+def test_the_file_is_complete_and_reads_back(swept: ProfileResult, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    write_profile(swept, path)
+    document = read_profile(path)
+    assert document["schema"] == "qwen-quant/profile/1"
+    assert {"models", "measurements", "ratios", "published", "config", "warnings"} <= set(document)
+    first = document["measurements"][0]
+    assert first["cell"] == {"context_tokens": 1, "new_tokens": 5, "batch_size": 1, "kv_cache": "bf16"}
+    assert first["speed"]["tokens_per_second"]["runs"] == 2 and first["memory"]["kv_cache_bytes"] == 1200
+    assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
+    path.write_text('{"schema": "other"}')
+    with pytest.raises(InputError, match="is not a profile"):
+        read_profile(path)
+
+
+def test_plots_stand_alone_and_the_page_escapes(swept: ProfileResult, tmp_path: Path) -> None:
+    names = {path.name for path in write_outputs(swept, tmp_path / "out")}
+    assert {"profile.json", "profile.html", "time-per-token.svg", "memory-by-batch-size.svg"} <= names
+    for path in (tmp_path / "out").glob("*.svg"):
+        drawing = xml.dom.minidom.parse(str(path)).documentElement
+        assert drawing.tagName == "svg" and drawing.getElementsByTagName("polyline")
+    odd = replace(swept, models=(replace(swept.models[0], name="<b>"), swept.models[1]))
+    assert "<b>" not in render_page(odd, [])
+
+
+def test_published_figures_stand_beside_ours(swept: ProfileResult) -> None:
+    rows = published_figures("qwen", 4096, 32, "16-bit")
+    measured = tuple(replace(m, cell=Cell(1, 1024, 4, "qwen")) for m in swept.measurements[:1])
+    result = replace(swept, measurements=measured, published=matching(rows, (Cell(1, 1024, 4, "qwen"),)))
+    table = next(table for table in tables(result) if table.title.startswith("Published"))
+    assert len(table.rows) == 1 and "17.2 GB" in table.rows[0] and "A100-80G, 2023" in table.rows[0]
+
+
+def test_models_beyond_their_positions_are_said(pair: list[Subject]) -> None:
+    result = profile_models(pair, ProfileConfig(), ask_child=FakeChild())
+    assert sum("more than its 2048 positions" in text for text in result.warnings) == 2
+
+
+def test_bad_models_are_refused_before_anything_is_measured(pair: list[Subject], tmp_path: Path) -> None:
+    fake = FakeChild()
+    with pytest.raises(InputError, match="not a checkpoint"):
+        profile_models([*pair, Subject("c", tmp_path)], SWEEP, ask_child=fake)
+    with pytest.raises(InputError, match="same name"):
+        profile_models([pair[0], pair[0]], SWEEP, ask_child=fake)
+    assert fake.requests == []
+
+
+@pytest.fixture
+def fake_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeChild:
+    fake = FakeChild(failed=Cell(1, 9))
+    real = profile.profile_models
+    monkeypatch.setattr(profile, "profile_models", lambda *args: real(*args, ask_child=fake))
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+def test_the_command(fake_child: FakeChild, pair: list[Subject], capsys: pytest.CaptureFixture[str]) -> None:
+    models = [str(subject.folder) for subject in pair]
+    assert cli.run(["profile", *models, "--new-tokens", "5,50", "--kv-cache", "bf16,int8", "--quiet"]) == 0
+    text = capsys.readouterr().out
+    assert "Compared with a" in text and "roofline" in text and "warning: " in text
+    assert read_profile(Path("profile/profile.json"))["device"] == "cpu"
+    assert cli.run(["profile", *models, "--new-tokens", "5"]) == 3
+    assert "profile.json exists" in capsys.readouterr().err
+    assert cli.run(["profile", *models, "--new-tokens", "5", "--force", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["command"] == "profile" and len(document["measurements"]) == 2
+
+
+def test_a_failed_cell_is_shown_with_the_others_and_exits_1(
+    fake_child: FakeChild, pair: list[Subject], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["profile", str(pair[0].folder), "--new-tokens", "5,9", "--quiet"]) == 1
+    done = capsys.readouterr()
+    assert "failed" in done.out and "ValueError: odd" in done.err and done.err.count("error: ") == 1
+    assert len(read_profile(Path("profile/profile.json"))["measurements"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (("--batch-sizes", "x"), 2, "--batch-sizes"),
+        (("--kv-cache", "fp8"), 3, "fp8"),
+        (("--runs", "0"), 3, "runs is 0"),
+        (("--memory-limit", "2 apples"), 2, "2 apples"),
+    ],
+)
+def test_bad_options(
+    fake_child: FakeChild,
+    pair: list[Subject],
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    code: int,
+    word: str,
+) -> None:
+    assert cli.run(["profile", str(pair[0].folder), *arguments]) == code
+    assert word in capsys.readouterr().err and not fake_child.requests and not Path("profile").exists()
