@@ -118,7 +118,8 @@ def _leaves(manager: Any, name: str) -> list[str]:
     """The tasks that one name stands for: itself, or the members of a group or tag."""
     entry = manager.task_index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, [*SHORT_NAMES, *manager.all_tasks], n=_SUGGESTIONS, cutoff=0.5)
+        known = dict.fromkeys([*SHORT_NAMES, *manager.all_tasks])
+        near = difflib.get_close_matches(name, known, n=_SUGGESTIONS, cutoff=0.5)
         step = f"did you mean {' or '.join(near)}?" if near else f"use one of: {', '.join(SHORT_NAMES)}"
         raise UnknownTaskError(f"there is no task '{name}'", "neither lm-eval nor a task folder has it", step)
     kind = entry.kind.name
