@@ -1,0 +1,168 @@
+"""Greedy decoding of a fixed number of tokens with nothing between two forward passes but the argmax.
+
+`generate` serves every option there is; this serves measurements and long greedy runs. The difference is the cache:
+transformers' dynamic cache copies all keys and values of a layer for every token (concatenation), its static cache
+attends to the whole capacity under a mask. Here keys and values live in storage of the final length and attention sees
+the filled part of it, so no token copies what is there and none needs a mask. With torch.compile, which needs shapes
+that stay, the static cache is used.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from qwen_quant.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Result of `decode`.
+
+    Attributes:
+        tokens: int64 [batch, new_tokens].
+        prefill_seconds: time to the first token.
+        decode_seconds: time of the others.
+        token_seconds: time of each of the others.
+        compile_seconds: time of the steps that compiled (two are run beforehand, on a cache of their own); 0 without.
+    """
+
+    tokens: Tensor
+    prefill_seconds: float
+    decode_seconds: float
+    token_seconds: tuple[float, ...]
+    compile_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed of each row, the first token (prefill) left out; 0 for fewer than two tokens."""
+        return len(self.token_seconds) / self.decode_seconds if self.token_seconds else 0.0
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one attention layer in storage that holds `capacity` tokens from the start.
+
+    `keys` and `values` are its filled part, without a copy. More tokens than `capacity` double it.
+
+    Args:
+        capacity: tokens.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.storage: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [batch, heads, new, width] and return all keys and values so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        storage = self._room(key_states, value_states, start, stop)
+        for held, new in zip(storage, (key_states, value_states), strict=True):
+            held[:, :, start:stop] = new
+        self.keys, self.values = (held[:, :, :stop] for held in storage)
+        return self.keys, self.values
+
+    def _room(self, keys: Tensor, values: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The storage with room for `stop` tokens; made anew when it is full or the rows were re-ordered."""
+        held = self.storage
+        # Re-ordering and repeating rows (the base class) leave keys that are no part of the storage any more.
+        if held is not None and stop <= held[0].shape[2] and (not start or self.keys.data_ptr() == held[0].data_ptr()):
+            return held
+        while stop > self.capacity:
+            self.capacity *= 2
+        made = []
+        for new, filled in ((keys, self.keys), (values, self.values)):
+            storage = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
+            if start:
+                storage[:, :, :start] = filled
+            made.append(storage)
+        self.storage = (made[0], made[1])
+        return self.storage
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.storage = None
+
+
+def preallocated_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
+    """transformers' dynamic cache of `model` with PreallocatedLayer for its full-attention layers.
+
+    Sliding-window and linear-attention layers, whose size does not grow, stay transformers' own.
+    """
+    cache = DynamicCache(config=model.config)
+    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def decode(
+    model: PreTrainedModel,
+    ids: Tensor,
+    new_tokens: int,
+    *,
+    compiled: bool = False,
+    on_token: Callable[[int], None] | None = None,
+) -> Decoded:
+    """Greedy continuation of exactly `new_tokens` tokens; end-of-text tokens do not stop it.
+
+    Args:
+        model: any causal language model of transformers.
+        ids: int64 [batch, length], without padding, on the model's device.
+        new_tokens: at least 1.
+        compiled: run steps through torch.compile (decoding only, not the prefill); needs a C++ compiler on the CPU.
+        on_token: called with the number of tokens so far.
+
+    Errors: UsageError for no prompt token or no new token.
+    """
+    if new_tokens < 1 or ids.dim() != 2 or ids.shape[1] < 1:
+        raise UsageError(
+            f"cannot decode {new_tokens} tokens from a prompt of shape {tuple(ids.shape)}",
+            "a [batch, length] prompt of at least one token and at least one new token are needed",
+        )
+    capacity = ids.shape[1] + new_tokens
+    with torch.inference_mode():
+        step, compile_seconds = model.forward, 0.0
+        if compiled:
+            step, compile_seconds = _compiled_step(model, ids, capacity)
+        cache = StaticCache(model.config, max_cache_len=capacity) if compiled else preallocated_cache(model, capacity)
+        started = time.perf_counter()
+        token = _next_token(model.forward, ids, cache, 0)
+        tokens, times = [token], [time.perf_counter()]
+        for count in range(1, new_tokens):
+            token = _next_token(step, token, cache, ids.shape[1] + count - 1)
+            tokens.append(token)
+            times.append(time.perf_counter())
+            if on_token is not None:
+                on_token(count + 1)
+    each = tuple(after - before for before, after in zip(times, times[1:], strict=False))
+    return Decoded(torch.cat(tokens, 1), times[0] - started, times[-1] - times[0], each, compile_seconds)
+
+
+def _next_token(step: Callable[..., Any], ids: Tensor, cache: Any, position: int) -> Tensor:
+    """int64 [batch, 1]: the likeliest token after `ids`, whose first stands at `position`."""
+    positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
+    output = step(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=1)
+    token: Tensor = output.logits[:, -1:].argmax(-1)
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
+    return token
+
+
+def _compiled_step(model: PreTrainedModel, ids: Tensor, capacity: int) -> tuple[Callable[..., Any], float]:
+    """The compiled forward pass of one token, and the seconds its compilation took."""
+    step = torch.compile(model.forward, dynamic=False)
+    cache = StaticCache(model.config, max_cache_len=capacity)
+    started = time.perf_counter()
+    for position in range(2):
+        _next_token(step, ids[:, :1], cache, position)
+    return step, time.perf_counter() - started
