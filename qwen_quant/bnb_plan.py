@@ -8,7 +8,7 @@ stay in 16 bit in every loader of today, so two bounds must hold, or the run sto
     weights that nobody asked to skip   at least 90% become codes    (MIN_SUPPORTED_SHARE)
     all weights, --skip included        at least 50% become codes    (MIN_QUANTIZED_SHARE)
 
-"Weights" are the matrices of the checkpoint without its embeddings and its head.
+"Weights" are the matrices of the decoder's blocks, experts included.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from qwen_quant.checkpoint.reader import DTYPE_NAMES, CheckpointReader
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, plan_shards
 from qwen_quant.environment import free_disk_bytes
 from qwen_quant.errors import AuditError, InputError
+from qwen_quant.models.experts import ExpertList
 from qwen_quant.models.skeleton import expected_tensors, meta_model
 from qwen_quant.preparation import check_output
 from qwen_quant.recipe import BnbConfig, RunConfig
@@ -85,7 +86,10 @@ class Ready:
 
 @dataclass(frozen=True)
 class _Linears:
-    """Module names: all linears of transformers' model, those it replaces by default, and its default skip list."""
+    """Module names: all linears of transformers' model, those it replaces, tables and linears it skips by default.
+
+    Routed experts are no linears there: it holds them fused (`models.experts` takes them apart for everyone else).
+    """
 
     every: tuple[str, ...]
     replaced: frozenset[str]
@@ -93,11 +97,15 @@ class _Linears:
 
 
 def _linears(model: PreTrainedModel) -> _Linears:
-    every = tuple(name for name, module in model.named_modules() if type(module) is nn.Linear)
+    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ExpertList))
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    every = tuple(name for name in names if not name.startswith(experts))
     fixed = getattr(model, "_keep_in_fp32_modules", None)
     skip = HfQuantizer.get_modules_to_not_convert(model, None, fixed)
     replaced = frozenset(name for name in every if should_convert_module(name, skip))
-    return _Linears(every, replaced, tuple(sorted(skip)))
+    modules = dict(model.named_modules())
+    matrices = sorted(name for name in skip if isinstance(modules.get(name), nn.Linear | nn.Embedding))
+    return _Linears(every, replaced, tuple(matrices))
 
 
 def _check_skip(patterns: tuple[str, ...], linears: _Linears) -> None:
@@ -142,31 +150,25 @@ def _select(ready: Accounting, linears: _Linears, config: BnbConfig) -> tuple[Ac
     return Accounting(quantized, kept, ready.dropped), skip, {f"{name}.weight" for name in asked}
 
 
-def _check_share(reader: CheckpointReader, model: PreTrainedModel, chosen: Accounting, asked: set[str]) -> float:
+def _check_share(spec: ModelSpec, reader: CheckpointReader, chosen: Accounting, asked: set[str]) -> float:
     """The share of the weights that become codes (InputError when a bound of the module's docstring is not kept)."""
-    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()
-    tables |= {f"{name}.weight" for name, module in model.named_modules() if head is not None and module is head}
     matrices = {
         name: math.prod(reader.info(name).shape)
         for name in (*chosen.quantized, *chosen.kept)
-        if len(reader.info(name).shape) >= 2 and name not in tables
+        if name.startswith(f"{spec.family.layers_prefix}.") and len(reader.info(name).shape) >= 2
     }
-    codes = sum(matrices[name] for name in chosen.quantized)
-    total = sum(matrices.values())
+    codes, total = sum(matrices[name] for name in chosen.quantized), sum(matrices.values())
     supported = total - sum(matrices[name] for name in asked)
     if codes < MIN_SUPPORTED_SHARE * supported:
-        largest = max(
-            (name for name in matrices if name in chosen.kept and name not in asked), key=lambda n: matrices[n]
-        )
+        largest = max(chosen.kept.keys() & matrices.keys() - asked, key=lambda name: matrices[name])
         raise InputError(
             f"{1 - codes / supported:.0%} of the weights would stay in 16 bit, among them '{largest}'",
             "transformers does not hold them as linears (fused experts), and bitsandbytes quantizes linears only",
             "use qwen-quant gptq for this model",
         )
-    if not codes or codes < MIN_QUANTIZED_SHARE * total:
+    if codes < MIN_QUANTIZED_SHARE * total:
         raise InputError(
-            f"--skip leaves {1 - codes / total if total else 1:.0%} of the weights in 16 bit",
+            f"--skip leaves {1 - codes / total:.0%} of the weights in 16 bit",
             f"an artifact must have at least {MIN_QUANTIZED_SHARE:.0%} of its weights quantized",
             "skip fewer modules",
         )
@@ -175,7 +177,8 @@ def _check_share(reader: CheckpointReader, model: PreTrainedModel, chosen: Accou
 
 def _model_dtype(spec: ModelSpec, reader: CheckpointReader) -> torch.dtype:
     """What transformers loads the model in: config.json's dtype, else the embedding's."""
-    name = spec.config.get("dtype") or spec.config.get("torch_dtype")
+    said = {**spec.text_config, **spec.config}
+    name = said.get("dtype") or said.get("torch_dtype")
     stored = reader.info(f"{spec.family.embedding}.weight").dtype
     found = getattr(torch, str(name).removeprefix("torch."), None) if name else stored
     return found if found in FLOAT_DTYPES else stored
@@ -228,7 +231,7 @@ def prepare(job: BnbJob) -> Ready:
     linears = _linears(model)
     _check_skip(job.bnb.skip, linears)
     chosen, skip, asked = _select(account(spec, reader, expected_tensors(model)), linears, job.bnb)
-    share = _check_share(reader, model, chosen, asked)
+    share = _check_share(spec, reader, chosen, asked)
     dtype = _model_dtype(spec, reader)
     written = {*chosen.quantized, *chosen.kept}
     return Ready(
