@@ -25,6 +25,8 @@ from qwen_quant.kv_cache import (
     quantize_per_token,
 )
 from qwen_quant.models.qwen1 import QWenLMHeadModel
+from qwen_quant.runtime.quantized_model import load_quantized
+from tests.support.artifacts import make_artifact
 from tests.support.checkpoints import random_model
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen1"
@@ -218,6 +220,15 @@ def test_generate(family: str, settings: dict[str, Any], models: dict[str, PreTr
     if not common["do_sample"]:
         plain = model.generate(prompt, attention_mask=mask, **common)
         assert float((out == plain).float().mean()) > 0.8
+
+
+def test_packed_weights_and_packed_cache_together(qwen2_folder: Path, tmp_path: Path) -> None:
+    make_artifact(qwen2_folder, tmp_path / "int4")
+    model, prompt = load_quantized(tmp_path / "int4", dtype=torch.float32), ids(2, 9)
+    with torch.no_grad():
+        plain = model(prompt).logits
+        ours = model(prompt, past_key_values=Int8Cache(model.config)).logits
+    assert 0 < float((ours - plain).abs().max()) < 0.05 * float(plain.abs().max())
 
 
 def test_beam_search_reorders_the_codes(models: dict[str, PreTrainedModel]) -> None:

@@ -345,10 +345,10 @@ def test_a_fresh_process_measures_and_its_memory_limit_is_a_result(folder: Path)
     assert found["status"] == OOM and found["reason"]
 
 
-def test_bad_input_in_the_child_is_an_error_here(folder: Path, tmp_path: Path) -> None:
+def test_bad_input_in_the_child_is_an_error_here(tmp_path: Path, no_limit: None) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
     with pytest.raises(InputError, match="nosuch"):
-        parent.ask(request(tmp_path, Cell(1, 2)))
+        parent.checked(child.answer(request(tmp_path, Cell(1, 2))))
 
 
 # The stage and the command, with a child that only answers.

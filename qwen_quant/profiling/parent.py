@@ -51,6 +51,11 @@ def ask(request: dict[str, Any]) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(answer_path.read_text(encoding="utf-8"))
         else:
             found = death(code, said_path.read_text(encoding="utf-8", errors="replace"))
+    return checked(found)
+
+
+def checked(found: dict[str, Any]) -> dict[str, Any]:
+    """The answer itself; bad input that the child met is an InputError here."""
     if found["status"] == "error":
         raise InputError(found["what"], found["why"], found["next_step"])
     return found
