@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,9 +63,8 @@ def fake_validation(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]
         calls.append(arguments)
         return RESULT
 
-    module = types.ModuleType("qwen_quant.evaluation.validate")
-    monkeypatch.setattr(module, "validate_pair", validate_pair, raising=False)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("qwen_quant.evaluation.validate.validate_pair", validate_pair)
+    monkeypatch.setattr("qwen_quant.evaluation.measure.validate_pair", validate_pair)
     return calls
 
 

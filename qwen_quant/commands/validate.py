@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,12 +12,11 @@ from qwen_quant.commands import options
 from qwen_quant.commands.validate_report import report_parts
 from qwen_quant.console import Output, Report, note, running, show
 from qwen_quant.errors import GateError, InputError
-from qwen_quant.recipe import GateConfig, ValidationConfig
+from qwen_quant.recipe import GateConfig
 from qwen_quant.results import ValidationResult, to_json
 
 if TYPE_CHECKING:
-    from qwen_quant.evaluation.tasks import TaskRun
-    from qwen_quant.progress import ProgressFn
+    pass
 
 LONG_CONTEXT_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 WORK_FOLDER = ".validate.partial"
@@ -177,6 +175,8 @@ def validate(
         )
     elif max_task_drop is not None:
         raise typer.BadParameter("it needs --tasks or --preset", param_hint="'--max-task-drop'")
+    from qwen_quant.evaluation.measure import measure
+
     with running(output) as progress:
         result = measure((source.path, target.path), config, run, progress, work=work)
     _finish(result, gates, (folder, work, target.path), output, override_gates or "")
@@ -199,30 +199,6 @@ def _prepare_report(folder: Path, *, force: bool) -> Path:
             f"{folder / REPORT_FILE} exists", next_step="add --force to replace it, or give another place: --report DIR"
         )
     return folder / WORK_FOLDER
-
-
-def measure(
-    pair: tuple[Path, Path], config: ValidationConfig, run: TaskRun | None, progress: ProgressFn, *, work: Path
-) -> ValidationResult:
-    """validate_pair on (baseline, quantized) and then the tasks, on both models."""
-    from qwen_quant.evaluation.validate import validate_pair
-
-    if run is not None:
-        from qwen_quant.evaluation.tasks import check_tasks
-
-        check_tasks(run)
-    result = validate_pair(*pair, config, progress, work=work)
-    if run is None or any(case.failures for case in result.smoke):
-        return result
-    from qwen_quant.evaluation.tasks import pair_tasks, run_tasks
-    from qwen_quant.preparation import resolve_device
-
-    device = resolve_device(config.device)
-    first, second = (run_tasks(folder, run, device, progress) for folder in pair)
-    warnings = {text: None for scores in (first, second) for task in scores.values() for text in task.warnings}
-    return dataclasses.replace(
-        result, tasks=pair_tasks(first, second, config.seed), warnings=result.warnings + tuple(warnings)
-    )
 
 
 def _finish(
