@@ -4,7 +4,10 @@
 The 7B-shaped checkpoint is random (hidden 4096, MLP 11008, `--blocks` blocks); the larger two are sparse files of the
 right shapes, which cost no disk.  Every figure comes from a fresh process.
 
-    python benchmarks/memory.py --work /tmp/memory-bench --tokenizer FOLDER
+    python benchmarks/memory.py --work /tmp/memory-bench --tokenizer FOLDER [--moe]
+
+With `--moe` the shapes are those of Qwen3-30B-A3B and Qwen3-235B-A22B instead: one block of the first (128 experts) is
+run for real, both whole models are predicted.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import PretrainedConfig, Qwen2Config, Qwen3MoeConfig
 
+from qwen_quant.checkpoint.families import model_spec
 from qwen_quant.checkpoint.writer import PlannedTensor, PlannedWriter, plan_shards
+from qwen_quant.models.skeleton import expected_tensors, meta_model
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {
@@ -28,7 +33,18 @@ SHAPES = {
     "14B": {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_key_value_heads": 8},
     "72B": {"hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_key_value_heads": 8},
 }
-LAYERS = {"14B": 48, "72B": 80}
+LAYERS = {"14B": 48, "72B": 80, "30B-A3B": 48, "235B-A22B": 94}
+SPARSE = {"num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128, "num_key_value_heads": 4}
+A3B = {
+    **SPARSE,
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "intermediate_size": 6144,
+}
+A22B = {**SPARSE, "hidden_size": 4096, "moe_intermediate_size": 1536, "num_attention_heads": 64}
+MOE_SHAPES = {"30B-A3B block": A3B, "30B-A3B": A3B, "235B-A22B": {**A22B, "intermediate_size": 12288}}
+REAL = ("7B", "30B-A3B block")
 RUN = """
 import json, sys
 from pathlib import Path
@@ -59,15 +75,14 @@ def write_checkpoint(folder: Path, shape: dict[str, int], layers: int, *, random
     """A checkpoint of the given shape: random BF16 weights, or sparse files full of zeros."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    config = Qwen2Config(vocab_size=152064, num_hidden_layers=layers, tie_word_embeddings=False, **shape)
-    config.architectures = ["Qwen2ForCausalLM"]
+    sizes = {**shape, "vocab_size": 152064, "num_hidden_layers": layers, "tie_word_embeddings": False}
+    config: PretrainedConfig = Qwen3MoeConfig(**sizes) if "num_experts" in shape else Qwen2Config(**sizes)
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer / name).exists():
             shutil.copy(tokenizer / name, folder / name)
-    with torch.device("meta"):
-        state = AutoModelForCausalLM.from_config(config).state_dict()
-    tensors = [PlannedTensor(name, torch.bfloat16, tuple(value.shape)) for name, value in state.items()]
+    shapes = expected_tensors(meta_model(model_spec(config.to_dict(), str(folder))))
+    tensors = [PlannedTensor(name, torch.bfloat16, shape) for name, shape in shapes.items()]
     shards = plan_shards(tensors, 4_000_000_000)
     if not random:
         for shard in shards:
@@ -120,11 +135,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--quick", action="store_true", help="run the default settings only; the others are predicted")
+    parser.add_argument("--moe", action="store_true", help="the shapes with routed experts")
     arguments = parser.parse_args()
     rows = []
-    for shape, sizes in SHAPES.items():
-        real = shape == "7B"
-        model = arguments.work / shape
+    for shape, sizes in (MOE_SHAPES if arguments.moe else SHAPES).items():
+        real = shape in REAL
+        model = arguments.work / shape.replace(" ", "-")
         layers = arguments.blocks if real else LAYERS[shape]
         write_checkpoint(model, sizes, layers, random=real, tokenizer=arguments.tokenizer)
         for asymmetric in (True, False):
@@ -136,8 +152,9 @@ def main() -> None:
         shutil.rmtree(model)
     results = HERE / "results"
     results.mkdir(exist_ok=True)
-    (results / "memory.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (results / "memory.md").write_text(table(rows), encoding="utf-8")
+    name = "memory_moe" if arguments.moe else "memory"
+    (results / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (results / f"{name}.md").write_text(table(rows), encoding="utf-8")
     print(table(rows))
 
 

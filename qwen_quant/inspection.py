@@ -23,6 +23,7 @@ from qwen_quant.packing import SUFFIXES
 TENSOR_PARALLEL = (2, 4, 8)
 MARLIN_IN_MULTIPLE = 128
 MARLIN_OUT_MULTIPLE = 64
+_EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 _BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
@@ -212,7 +213,7 @@ def shape_limits(spec: ModelSpec, linears: tuple[Linear, ...], bits: int, group_
     of a linear that ends a sub-block (o_proj, down_proj) cuts its inputs, which must fall on group boundaries; the
     others are cut along their outputs, which must fall on whole 32-bit words of qzeros.
     """
-    row_parallel = {sub.output for sub in spec.family.sub_blocks}
+    row_parallel = spec.row_parallel()
     found: Counter[tuple[str, int, int, str, str]] = Counter()
     for row in linears:
         short = _BLOCK_NUMBER.split(row.name, maxsplit=1)[-1]
@@ -221,7 +222,8 @@ def shape_limits(spec: ModelSpec, linears: tuple[Linear, ...], bits: int, group_
         for ranks in TENSOR_PARALLEL:
             reason = _split_problem(row, ranks, bits, group_size, cut_inputs=short in row_parallel)
             problems += [(f"tensor parallelism {ranks}", reason)] if reason else []
-        found.update((short, row.in_features, row.out_features, target, reason) for target, reason in problems)
+        kind = _EXPERT_NUMBER.sub(".experts.*.", short)
+        found.update((kind, row.in_features, row.out_features, target, reason) for target, reason in problems)
     limits = [
         ShapeLimit(short, count, inputs, outputs, target, reason)
         for (short, inputs, outputs, target, reason), count in found.items()

@@ -17,6 +17,7 @@ from qwen_quant.block_solver import _tap
 from qwen_quant.checkpoint.families import SparseBlock, SubBlock, model_spec, read_model_spec
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.errors import AuditError, InputError
+from qwen_quant.evaluation.report import layers_of
 from qwen_quant.evaluation.streaming import final_hidden
 from qwen_quant.models.skeleton import Skeleton
 from qwen_quant.plan import make_plan
@@ -140,6 +141,11 @@ def test_evaluation_streams_the_artifact(source: Path, result: sequential.Quanti
             states = load_model(folder)(IDS, output_hidden_states=True).hidden_states[-1]
             normed = skeleton.final_norm(weights.dense)(hidden)
         assert torch.allclose(normed, states, atol=1e-4)
+
+
+def test_the_report_reads_the_statistics_of_every_layer(source: Path, result: sequential.QuantizeResult) -> None:
+    layers = layers_of(result.out)
+    assert [dataclasses.replace(layer, seconds=0.0) for layer in result.layers] == list(layers)
 
 
 def test_plan_times_every_kind_of_block(source: Path) -> None:

@@ -98,7 +98,8 @@ def layers_of(folder: Path) -> tuple[LayerStats, ...]:
         return ()
     try:
         found = _load(path).get("layers", [])
-        return tuple(_decode_tuple((LayerStats, ...), [{"seconds": 0.0, **layer} for layer in found], "layers"))
+        absent = {"seconds": 0.0, "routed_tokens": None, "calibrated_by": None}  # which not every layer has
+        return tuple(_decode_tuple((LayerStats, ...), [{**absent, **layer} for layer in found], "layers"))
     except (InputError, TypeError, ValueError, OverflowError) as error:
         logger.warning("the report has no per-layer plot: %s: %s", path, error)
         return ()
