@@ -69,7 +69,7 @@ def assert_near(value: Tensor, expected: Tensor, bound: float, what: object) -> 
 
 
 def check(weight: QuantizedWeight, kernel: str, bits: int = 4) -> None:
-    """Products of 1 to 70 rows, with and without batch dimensions, and the dense weight."""
+    """Products of 1 to 110 rows, with and without batch dimensions, and the dense weight."""
     generator = torch.Generator().manual_seed(1)
     bias = torch.randn(weight.codes.shape[0], generator=generator)
     module = linear(weight, kernel, bits=bits, bias=bias)
@@ -77,7 +77,7 @@ def check(weight: QuantizedWeight, kernel: str, bits: int = 4) -> None:
     dense = weight.dequantized()
     of_product, of_weight = BOUNDS[kernel]
     assert_near(module.dequantized(), dense, of_weight, (kernel, "weight"))
-    for shape in ((1,), (5,), (2, 3), (70,)):
+    for shape in ((1,), (5,), (2, 3), (110,)):
         inputs = torch.randn(*shape, dense.shape[1], generator=generator)
         expected = inputs.double() @ dense.double().mT + bias
         assert_near(module(inputs), expected, of_product, (kernel, shape))
@@ -159,7 +159,7 @@ def test_native_sizes_of_inputs(size: float) -> None:
 def test_other_dtypes_keep_their_dtype(kernel: str, dtype: torch.dtype) -> None:
     weight = random_weight(64, 256, 64)
     module = linear(weight, kernel)
-    for rows in (1, 40):
+    for rows in (1, 110):
         inputs = torch.randn(rows, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
         out = module(inputs)
         assert out.dtype == dtype

@@ -45,7 +45,7 @@ class Kernel(ABC):
         name: of the kernel, for reports.
         arithmetic: in words, what its products are computed in.
         prefill_rows: from this many rows on, dequantized tiles and an ordinary product are faster (see
-            benchmarks/kernels.py, which measures it).
+            benchmarks/int4.py, which measures it).
         width: inputs it takes (with filling).
         out_features: outputs.
     """

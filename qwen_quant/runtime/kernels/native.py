@@ -133,7 +133,7 @@ class NativeKernel(Kernel):
 
     name: ClassVar[str] = "native"
     arithmetic: ClassVar[str] = "inputs as 16-bit integers per group, FP32 sums"
-    prefill_rows: ClassVar[int] = 24
+    prefill_rows: ClassVar[int] = 48
 
     def __init__(self, weight: GroupedWeight, device: torch.device) -> None:
         weight = weight.resized(largest_divisor(weight.group_size, GROUP_SIZES))
