@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from tests.support.moe import (
     fuse_experts,
     make_family_checkpoint,
 )
+from tests.test_interop import SCRIPT, expected_logits
 from tests.test_sequential import hashes, interrupted, job_for, quantize
 
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -323,6 +326,22 @@ def test_skip_lists_say_what_was_quantized(source: Path, result: sequential.Quan
             assert vllm_quantizes(prefix, settings) == (prefix in quantized), prefix
             assert any(prefix.endswith(end) for end in listed) == (prefix in quantized), prefix
     assert not vllm_quantizes("mtp.layers.0.self_attn.q_proj", {**settings, "dynamic": {"-:.*mtp.*": {}}})
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"])
+def test_gptqmodel_reads_the_experts(name: str, tmp_path: Path) -> None:
+    """GPTQModel loads every family's artifact as it is; its models have experts in every block."""
+    python = os.environ.get("QWEN_QUANT_PEER_PYTHON")
+    assert python, "run this through `make interop`, which sets QWEN_QUANT_PEER_PYTHON"
+    sizes = {"shared_expert_intermediate_size": 128, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    model = make_family_checkpoint(tmp_path / "in", name, **sizes)
+    quantize(model, tmp_path / "out", expert_min_tokens=8)
+    expected_logits(tmp_path / "out", tmp_path / "expected.safetensors")
+    command = [python, str(SCRIPT), str(tmp_path / "out"), str(tmp_path / "expected.safetensors"), "--atol", "1e-3"]
+    done = subprocess.run([*command, "--backend", "gptqmodel"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "were not used" not in done.stderr, done.stderr[-3000:]
 
 
 def test_dense_families_get_no_skip_lists(qwen2_folder: Path, tmp_path: Path) -> None:
