@@ -53,6 +53,25 @@ def spread(weight: torch.Tensor) -> torch.Tensor:
     return torch.randn(weight.shape) * 0.02 * torch.exp(0.5 * rows + 0.5 * columns)
 
 
+def tail_where_division_matters() -> torch.Tensor:
+    """A short block [1, 63] with values that division by absmax and its reciprocal put on two sides of a midpoint."""
+    table = functional.get_4bit_type("nf4", device="cpu")
+    middles = (table[:-1] + table[1:]) / 2
+    while True:
+        absmax = torch.rand(()) + 0.5
+        values = torch.cat([middles * absmax, torch.nextafter(middles * absmax, torch.tensor(9.0))])
+        differ = values[((values / absmax) > middles.repeat(2)) != ((values * (1 / absmax)) > middles.repeat(2))]
+        if len(differ) >= 3:
+            return torch.cat([absmax[None], differ, torch.zeros(62 - len(differ))])[None]
+
+
+def nested_values() -> torch.Tensor:
+    """FP32 [4096] for the 8-bit kernel of double quantization: random ones of every size, and ones beside its steps."""
+    sizes = torch.randn(2048) * torch.logspace(-5, 0, 2048)
+    steps = torch.randint(0, 65536, (2048,)) / 32767.5 - 1 + (torch.randint(0, 2, (2048,)) - 0.5) / 32767.5
+    return torch.cat([sizes, torch.tensor([1.0]), steps[1:].clamp(-1, 1)])
+
+
 def kernel_weights() -> dict[str, torch.Tensor]:
     """Weights with short last blocks, short nested blocks, odd counts, zeros, ties and constants, in each dtype."""
     torch.manual_seed(SEED)
@@ -69,6 +88,7 @@ def kernel_weights() -> dict[str, torch.Tensor]:
         "odd": spread(torch.empty(33, 7)).half(),
         "zeros": zeros,
         "ties": ties,
+        "tail": tail_where_division_matters(),
         "one": torch.full((1, 1), -0.25).bfloat16(),
     }
 
@@ -87,6 +107,9 @@ def kernel_outputs(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             found |= {f"{case}/weight.{key}": value.clone() for key, value in state.as_dict(packed=True).items()}
         codes, scb, _ = functional.int8_vectorwise_quant(weight.half())
         found |= {f"{name}/int8/weight": codes, f"{name}/int8/SCB": scb}
+    values = nested_values()
+    indices, state = functional.quantize_blockwise(values, blocksize=256)
+    found |= {"nested/values": values, "nested/indices": indices, "nested/absmax": state.absmax}
     return {key: value.contiguous() for key, value in found.items()}
 
 

@@ -89,7 +89,7 @@ def kernels() -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 512])
-@pytest.mark.parametrize("name", ["wide", "odd", "zeros", "ties", "one"])
+@pytest.mark.parametrize("name", ["wide", "odd", "zeros", "ties", "tail", "one"])
 def test_kernels_are_bitsandbytes_own_to_the_last_bit(
     name: str, chunk: int, kernels: dict[str, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +104,12 @@ def test_kernels_are_bitsandbytes_own_to_the_last_bit(
     codes = bnb.tensors_int8(*bnb.quantize_int8(weight))
     assert codes.pop("weight_format").item() == 0
     same(codes, kernels[f"{name}/int8"])
+
+
+def test_the_kernel_of_double_quantization_at_its_steps() -> None:
+    tensors = load_file(GOLDEN / "kernels.safetensors")
+    indices, nested = bnb.quantize_absmax(tensors["nested/values"], 0.0)
+    assert torch.equal(indices, tensors["nested/indices"]) and torch.equal(nested.absmax, tensors["nested/absmax"])
 
 
 @pytest.mark.parametrize("kind", bnb.QUANT_TYPES)
@@ -257,7 +263,9 @@ def test_finished_files_are_not_made_again(
     interrupted(qwen2_folder, tmp_path / "out", config, commits, monkeypatch)
     real = bnb_convert._quantized
     monkeypatch.setattr(bnb_convert, "_quantized", lambda r, name, o: (made.append(name), real(r, name, o))[1])
-    result = convert(qwen2_folder, tmp_path / "out", config, max_shard_size_bytes=20_000)
+    with monkeypatch.context() as context:
+        context.delattr(bnb_convert, "absmax_offset")  # found once, and kept
+        result = convert(qwen2_folder, tmp_path / "out", config, max_shard_size_bytes=20_000)
     assert len(made) == len(result.linears) if commits == 1 else 0 < len(made) < len(result.linears)
     convert(qwen2_folder, tmp_path / "whole", config, max_shard_size_bytes=20_000)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
