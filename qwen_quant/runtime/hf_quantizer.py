@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GPTQConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
@@ -92,12 +94,14 @@ class Int4HfQuantizer(HfQuantizer):
         settings = LinearSettings(
             linears.packed.bits, _device(kwargs.get("device_map")), kwargs.get("dtype") or torch.get_default_dtype()
         )
-        prefixes = {name.rpartition(".")[0] for name in linears.reader.names if name.endswith(".qweight")}
-        if any(".experts." in name for name in prefixes):
-            separate_experts(model)
-        with torch.device("cpu"):  # transformers builds models under torch.device("meta")
-            built = [_replace(model, name, linears, settings) for name in sorted(prefixes)]
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        stored = {name.rpartition(".")[0] for name in linears.reader.names if name.endswith(".qweight")}
+        stored = {name for name in stored if not any(re.search(pattern, name) for pattern in ignored)}
+        if any(".experts." in name for name in stored):
+            separate_experts(model)
+        places = _places(model, stored)
+        with torch.device("cpu"):  # transformers builds models under torch.device("meta")
+            built = [_replace(model, places[name], name, linears, settings) for name in sorted(stored)]
         model._keys_to_ignore_on_load_unexpected = {*ignored, _KNOWN, *filter(None, built)}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -141,15 +145,23 @@ def _device(device_map: dict[str, Any] | None) -> torch.device:
     return torch.device(f"cuda:{place}" if place.isdigit() else place)
 
 
-def _replace(model: nn.Module, name: str, linears: GptqLinears, settings: LinearSettings) -> str:
-    """Put an Int4Linear in the place of linear `name`; the bias stays transformers' to load.
+def _places(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
+    """Name on disk -> name in the model, by transformers' own renamings (text models of vision checkpoints)."""
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    keys = {name: rename_source_key(f"{name}.weight", renamings, [], prefix, state)[0] for name in stored}
+    return {name: key.removesuffix(".weight") for name, key in keys.items()}
+
+
+def _replace(model: nn.Module, place: str, name: str, linears: GptqLinears, settings: LinearSettings) -> str:
+    """Put an Int4Linear of the stored linear `name` in `place`; the bias stays transformers' to load.
 
     Returns: a pattern for a stored bias that the model has no place for (AutoGPTQ wrote zeros), else "".
 
     Errors: InputError when the model has no such linear, or one of another shape.
     """
     try:
-        module = model.get_submodule(name)
+        module = model.get_submodule(place)
     except AttributeError:
         module = None
     weight = linears.quantized(name)
@@ -158,9 +170,9 @@ def _replace(model: nn.Module, name: str, linears: GptqLinears, settings: Linear
         raise InputError(what, f"it is {tuple(weight.codes.shape)}", "check that config.json belongs to these weights")
     linear = Int4Linear(weight, None, settings)
     linear.bias = module.bias
-    model.set_submodule(name, linear)
+    model.set_submodule(place, linear)
     odd_bias = module.bias is None and f"{name}.bias" in linears.parts(f"{name}.weight")
-    return f"^{re.escape(name)}[.]bias$" if odd_bias else ""
+    return f"^{re.escape(place)}[.]bias$" if odd_bias else ""
 
 
 def register() -> bool:

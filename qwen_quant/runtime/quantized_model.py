@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from qwen_quant.errors import InputError
+from qwen_quant.models.experts import ExpertList
 from qwen_quant.models.skeleton import compute_dtype, expected_tensors, meta_model
 from qwen_quant.runtime.head import keep_bf16, kept_dtype
 from qwen_quant.runtime.head import refusal as head_refusal
@@ -106,21 +107,33 @@ def kernel_report(model: nn.Module, seconds: float) -> KernelReport:
     return KernelReport(tuple(entries), seconds, getattr(head, "name", "torch"))
 
 
-def bytes_per_token(model: nn.Module) -> int:
-    """Bytes of weights that decoding one token must read: every parameter and packed weight once, of an embedding that
-    is not also the head one row (nothing worth counting)."""
-    head = model.get_output_embeddings().weight if isinstance(model, PreTrainedModel) else None
-    total, seen = 0, set()
-    for module in model.modules():
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes of weights that decoding one token of one row must read.
+
+    Every parameter and packed weight of the decoder and its head once; of an embedding that is not also the head
+    nothing (one row); of routed experts the share that a token is sent to.
+    """
+    output = model.get_output_embeddings()
+    head, parts = output.weight, [*model.get_decoder().modules(), output]
+    routed = {id(part) for experts in parts if isinstance(experts, ExpertList) for part in experts.modules()}
+    total, seen = 0.0, set()
+    for module in parts:
+        share = _routed_share(model) if id(module) in routed else 1.0
         if isinstance(module, Int4Linear):
-            total += module.nbytes
+            total += module.nbytes * share
             continue
         for parameter in module.parameters(recurse=False):
             lookup_only = isinstance(module, nn.Embedding) and parameter is not head
             if id(parameter) not in seen and not lookup_only:
                 seen.add(id(parameter))
-                total += parameter.nbytes
-    return total
+                total += parameter.nbytes * share
+    return round(total)
+
+
+def _routed_share(model: PreTrainedModel) -> float:
+    """Experts of a token over all experts."""
+    config = model.config.get_text_config()
+    return config.num_experts_per_tok / config.num_experts
 
 
 def load_quantized(

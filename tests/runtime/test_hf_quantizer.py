@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTQConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
@@ -17,14 +18,16 @@ from qwen_quant.errors import InputError, UsageError
 from qwen_quant.runtime import hf_quantizer
 from qwen_quant.runtime.hf_quantizer import Int4HfQuantizer, PackedGPTQConfig
 from qwen_quant.runtime.loading import load_model
+from qwen_quant.runtime.quantized_model import bytes_per_token, load_quantized
 from tests.runtime.test_kernels import assert_near
 from tests.support.artifacts import change_config, make_artifact
 from tests.support.checkpoints import edit_tensors, make_checkpoint
+from tests.support.moe import make_family_checkpoint
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gptqmodel") is not None, reason="gptqmodel is installed and serves GPTQ folders"
 )
-IDS = torch.arange(40)[None] * 7 % 256
+IDS = torch.arange(120)[None] * 7 % 256
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def test_logits_and_generate(qwen2_folder: Path, tmp_path: Path, sym: bool, layo
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
     dense = load_model(tmp_path / "q")
     with torch.no_grad():
-        for length in (1, 40):
+        for length in (1, 120):
             assert_near(model(IDS[:, :length]).logits, dense(IDS[:, :length]).logits, 2e-4, (sym, layout, length))
     assert torch.equal(model.generate(IDS, max_new_tokens=6), dense.generate(IDS, max_new_tokens=6))
     assert len(model.kernel_report.linears) == 14 and model.is_quantized
@@ -143,3 +146,26 @@ def test_gptqmodel_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hf_quantizer.register() and AUTO_QUANTIZER_MAPPING["gptq"] is GptqHfQuantizer
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert hf_quantizer.register() and AUTO_QUANTIZER_MAPPING["gptq"] is Int4HfQuantizer
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe"])
+def test_packed_experts_and_text_models_of_vision_checkpoints(tmp_path: Path, family: str) -> None:
+    """Experts stay separate; names on disk are those of the whole model, of which the text part is loaded."""
+    source, folder = make_family_checkpoint(tmp_path / family, family), tmp_path / "q"
+    tensors = load_file(source / "model.safetensors")
+    tower = {name: tensors[name] for name in tensors if "visual" in name}
+    save_file({name: tensors[name] for name in tensors if name not in tower}, source / "model.safetensors")
+    make_artifact(source, folder)
+    edit_tensors(folder, **{name.replace(".", "__"): value for name, value in tower.items()})
+    hooked = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    packed, dense = load_quantized(folder, dtype=torch.float32), load_model(folder)
+    with torch.no_grad():
+        expected = dense(IDS).logits
+        for model in (hooked, packed):
+            assert_near(model(IDS).logits, expected, 1e-3, family)
+    names = {entry.linear for entry in hooked.kernel_report.linears}
+    assert any(".experts.7.down_proj" in name for name in names) and len(packed.kernel_report.linears) == len(names)
+    read = bytes_per_token(packed)
+    experts = sum(entry.weight_bytes for entry in packed.kernel_report.linears if ".experts." in entry.linear)
+    packed.config.get_text_config().num_experts_per_tok = 8
+    assert bytes_per_token(packed) - read == experts * 6 / 8  # 2 of 8 experts for a token

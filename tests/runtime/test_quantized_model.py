@@ -22,7 +22,7 @@ from tests.support.artifacts import change_config, make_artifact, rounded
 from tests.support.checkpoints import edit_tensors, make_checkpoint
 from tests.support.qwen1 import copy_checkpoint
 
-IDS = torch.arange(40)[None] * 7 % 256
+IDS = torch.arange(120)[None] * 7 % 256
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 LINEARS = 14  # 7 in each of two blocks
 
@@ -37,7 +37,7 @@ def compare(folder: Path, bound: float = 2e-4, **options: str | None) -> None:
     """Logits of few rows (the kernels) and of many (tiles) against the dequantized FP32 model."""
     model, dense = load_quantized(folder, dtype=torch.float32, **options), load_model(folder)
     with torch.no_grad():
-        for length in (1, 5, 40):
+        for length in (1, 5, 120):
             ids = IDS[:, :length]
             assert_near(model(ids).logits, dense(ids).logits, bound, (folder.name, options, length))
 

@@ -98,6 +98,7 @@ def library() -> ctypes.CDLL:
     loaded.product.argtypes = [*[_POINTER] * 5, *[_SIZE] * 4, _INT]
     loaded.dequantize.argtypes = [*[_POINTER] * 4, *[_SIZE] * 3, _INT]
     loaded.bf16_product.argtypes = [*[_POINTER] * 3, *[_SIZE] * 3, _INT]
+    _operators()
     loaded.dequantize.restype = loaded.bf16_product.restype = None
     return loaded
 
@@ -107,11 +108,50 @@ def bf16_product(inputs: Tensor, weight: Tensor) -> Tensor:
 
     Errors: NativeUnavailable.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.qwen_quant.bf16_product(inputs, weight)
+    return _bf16_product(inputs, weight)
+
+
+def _bf16_product(inputs: Tensor, weight: Tensor) -> Tensor:
     values, (rows, out_features) = inputs.contiguous(), (inputs.shape[0], weight.shape[0])
     out = torch.empty(rows, out_features, dtype=torch.float32)
     sizes = (rows, out_features, weight.shape[1], torch.get_num_threads())
     library().bf16_product(weight.data_ptr(), values.data_ptr(), out.data_ptr(), *sizes)
     return out
+
+
+def int4_product(inputs: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
+    """FP32 [rows, width] times a packed weight (native.c) transposed -> FP32 [rows, out].
+
+    Errors: NativeUnavailable; MemoryError when the rounded inputs find no room.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.qwen_quant.int4_product(inputs, codes, scales, zeros, group_size)
+    return _int4_product(inputs, codes, scales, zeros, group_size)
+
+
+def _int4_product(inputs: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Tensor:
+    values, (rows, width) = inputs.contiguous(), inputs.shape
+    out = torch.empty(rows, codes.shape[0], dtype=torch.float32)
+    sizes = (rows, codes.shape[0], width, group_size, torch.get_num_threads())
+    packed = (codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr())
+    if library().product(*packed, values.data_ptr(), out.data_ptr(), *sizes):
+        raise MemoryError(f"{rows * width * 2} bytes for the inputs of a linear")
+    return out
+
+
+@cache
+def _operators() -> torch.library.Library:
+    """The products as operators of torch, which torch.compile can leave alone; calls outside it skip the dispatcher."""
+    made = torch.library.Library("qwen_quant", "DEF")
+    made.define("int4_product(Tensor inputs, Tensor codes, Tensor scales, Tensor? zeros, int group_size) -> Tensor")
+    made.define("bf16_product(Tensor inputs, Tensor weight) -> Tensor")
+    made.impl("int4_product", _int4_product, "CPU")
+    made.impl("bf16_product", _bf16_product, "CPU")
+    made.impl("int4_product", lambda inputs, codes, *rest: inputs.new_empty(inputs.shape[0], codes.shape[0]), "Meta")
+    made.impl("bf16_product", lambda inputs, weight: inputs.new_empty(inputs.shape[0], weight.shape[0]), "Meta")
+    return made
 
 
 def _pack(codes: Tensor) -> Tensor:
@@ -170,13 +210,7 @@ class NativeKernel(Kernel):
 
     def product(self, inputs: Tensor) -> Tensor:
         """[rows, width] -> [rows, out] in the dtype of the inputs."""
-        values = inputs.float().contiguous()
-        rows = values.shape[0]
-        out = torch.empty(rows, self.out_features, dtype=torch.float32)
-        sizes = (rows, self.out_features, self.width, self.group_size, torch.get_num_threads())
-        weights = [part.data_ptr() for part in self.tensors] + [None] * (self.zeros is None)
-        if library().product(*weights, values.data_ptr(), out.data_ptr(), *sizes):
-            raise MemoryError(f"{rows * self.width * 2} bytes for the inputs of a linear")
+        out = int4_product(inputs.float(), self.codes, self.scales, self.zeros, self.group_size)
         return out if inputs.dtype == torch.float32 else out.to(inputs.dtype)
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
