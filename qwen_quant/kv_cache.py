@@ -307,6 +307,12 @@ def cache_nbytes(cache: Cache) -> int:
     return sum(_layer_nbytes(layer) for layer in cache.layers)
 
 
+def cache_capacity(cache: Cache) -> int:
+    """Tokens a row that a cache has room for now: those of its codes, spare ones included, or those it holds."""
+    held = [part.shape[2] for layer in cache.layers if isinstance(layer, Int8Layer) for part in layer.stores[0].parts]
+    return max(held) if held else int(cache.get_seq_length())
+
+
 def _layer_nbytes(layer: Any) -> int:
     if isinstance(layer, Int8Layer):
         return layer.nbytes

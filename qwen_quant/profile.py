@@ -104,13 +104,13 @@ def measurement(model: str, cell: Cell, answer: dict[str, Any], bandwidth: float
     ]
     speed = _speed(cell, timings, [run["joules"] for run in runs], answer["energy_source"])
     first = runs[0]
-    token_bytes = first["cache_bytes"] / max(1, first["cache_tokens"])
+    token_bytes = first["cache_bytes"] / max(1, first["cache_capacity"])
     mean_tokens = cell.context_tokens + (cell.new_tokens - 1) / 2
     line = roofline(
         cell, answer["step_weights_bytes"], token_bytes * mean_tokens, bandwidth, speed.inter_token_p50_seconds
     )
     tokens = min(timing.tokens for timing in timings)
-    missing = token_bytes * (cell.new_tokens - timings[0].tokens)
+    missing = max(0.0, token_bytes * (cell.context_tokens + cell.new_tokens - 1) - first["cache_bytes"])
     return Measurement(model, cell, kernel, status, "", tokens, speed, _memory(answer, round(missing)), line)
 
 

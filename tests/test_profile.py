@@ -151,6 +151,7 @@ def answer(**changes: Any) -> dict[str, Any]:
             "timing": {"first_token_seconds": 2.0, "step_seconds": [step] * 4, "wanted_tokens": 5},
             "joules": joules,
             "cache_bytes": 1200,
+            "cache_capacity": 12,
             "cache_tokens": 12,
         }
         for step, joules in ((0.5, 30.0), (1.0, 10.0))
@@ -183,6 +184,18 @@ def test_a_cut_run_is_marked_and_its_cache_completed() -> None:
     assert m.speed.seconds.low == pytest.approx(2 + 104 * 0.5)
     assert m.memory.extrapolated and m.memory.kv_cache_bytes == 1200 + 100 * 100
     assert m.memory.generation_peak_bytes == 3500 + 100 * 100 and m.memory.rest_bytes == 1000
+
+
+def test_spare_room_of_the_cache_is_not_counted_twice() -> None:
+    """Codes for 24 tokens are allocated where 12 are used: a token costs 50 bytes, and 24 more fit already."""
+    found = cut_answer(17)
+    found["runs"][0]["cache_capacity"] = 24
+    m = measurement("m", Cell(8, 17, 4), found, bandwidth=1e4)
+    assert m.extrapolated and m.memory is not None and m.memory.kv_cache_bytes == 1200 and not m.memory.extrapolated
+    found = cut_answer(33)
+    found["runs"][0]["cache_capacity"] = 24
+    m = measurement("m", Cell(8, 33, 4), found, bandwidth=1e4)
+    assert m.memory is not None and m.memory.kv_cache_bytes == 40 * 50 and m.memory.extrapolated
 
 
 def cut_answer(wanted: int) -> dict[str, Any]:
@@ -269,6 +282,7 @@ def test_a_measurement_counts_what_it_generated(folder: Path, kind: str, no_limi
     for run in found["runs"]:
         assert len(run["timing"]["step_seconds"]) == 5 and run["cache_tokens"] == 8
     tokens = 8 if kind == "bf16" else 256
+    assert found["runs"][0]["cache_capacity"] == tokens
     width = {"bf16": 2 * 32, "int8": 32 + 2, "qwen": 32 + 4}[kind]
     assert found["runs"][0]["cache_bytes"] == 2 * 2 * 2 * 2 * tokens * width  # layers, k and v, rows, heads
     weights = sum(p.nbytes for p in load_model(folder, dtype=torch.bfloat16).parameters())

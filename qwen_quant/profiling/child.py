@@ -21,7 +21,7 @@ from transformers import Cache, PreTrainedModel
 
 from qwen_quant.environment import memory_bytes
 from qwen_quant.errors import QwenQuantError
-from qwen_quant.kv_cache import cache_nbytes, make_cache
+from qwen_quant.kv_cache import cache_capacity, cache_nbytes, make_cache
 from qwen_quant.process import tune_process
 from qwen_quant.profiling.energy import energy_meter, joules_between
 from qwen_quant.profiling.memory import (
@@ -48,11 +48,17 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Run:
-    """One timed generation: its times, joules (None: not counted), bytes and tokens in its cache at the end."""
+    """One timed generation: its times, joules (None: not counted), and its cache at the end.
+
+    Attributes:
+        cache_bytes, cache_capacity: bytes that it holds allocated, and the tokens a row that fit into them.
+        cache_tokens: tokens a row in it.
+    """
 
     timing: Timing
     joules: float | None
     cache_bytes: int
+    cache_capacity: int
     cache_tokens: int
 
 
@@ -139,7 +145,7 @@ def run(model: PreTrainedModel, ids: Tensor, cell: Cell, max_seconds: float | No
     timing = time_generation(generation.step, generation.step, cell.new_tokens, time.perf_counter, max_seconds)
     joules = joules_between(before, meter.read())
     cache = generation.cache
-    return Run(timing, joules, cache_nbytes(cache), int(cache.get_seq_length()))
+    return Run(timing, joules, cache_nbytes(cache), cache_capacity(cache), int(cache.get_seq_length()))
 
 
 def _device_used(device: torch.device) -> int:
