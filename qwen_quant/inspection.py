@@ -12,13 +12,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
 from qwen_quant.checkpoint.manifest import MANIFEST_FILE, QUANTIZE_CONFIG_FILE
 from qwen_quant.checkpoint.reader import DTYPE_NAMES, CheckpointReader
 from qwen_quant.errors import InputError
 from qwen_quant.packing import SUFFIXES
+from qwen_quant.runtime.bnb_folder import BnbLinears, bnb_format
 
 TENSOR_PARALLEL = (2, 4, 8)
 MARLIN_IN_MULTIPLE = 128
@@ -40,12 +41,13 @@ class TensorClass:
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear to quantize, as found: `quantized` says whether it lies there as packed codes."""
+    """One linear to quantize, as found: its tensors, and whether they are packed codes."""
 
     name: str
     in_features: int
     out_features: int
     quantized: bool
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,11 @@ def inspect_path(path: Path, group_size: int = 128) -> InspectResult:
     quantization = _quantization(path, spec)
     bits = int((quantization or {}).get("bits", 4))
     size = int((quantization or {}).get("group_size", group_size))
-    linears, missing = _linears(spec, reader, bits)
+    bnb = BnbLinears(reader, bnb_format(path, quantization)) if _is_bnb(quantization) else None
+    linears, missing = _linears(spec, reader, bits, bnb)
     manifest = _read_json(path / MANIFEST_FILE)
     packed = sum(linear.in_features * linear.out_features for linear in linears if linear.quantized)
-    classes = _classes(spec, reader)
+    classes = _classes(spec, reader, linears)
     return InspectResult(
         path=str(path),
         kind="artifact" if quantization is not None else "checkpoint",
@@ -127,10 +130,14 @@ def inspect_path(path: Path, group_size: int = 128) -> InspectResult:
         quantization=quantization,
         group_size=size,
         accounting=_accounting(spec, reader, linears, missing),
-        limits=shape_limits(spec, linears, bits, size),
+        limits=shape_limits(spec, linears, bits, size) if bnb is None else (),
         provenance={key: value for key, value in manifest.items() if key != "layers"} if manifest else None,
         layers=tuple(manifest.get("layers", ())) if manifest else (),
     )
+
+
+def _is_bnb(quantization: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    return (quantization or {}).get("quant_method") == "bitsandbytes"
 
 
 def _quantization(path: Path, spec: ModelSpec) -> dict[str, Any] | None:
@@ -152,27 +159,33 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _linears(spec: ModelSpec, reader: CheckpointReader, bits: int) -> tuple[tuple[Linear, ...], tuple[str, ...]]:
+def _linears(
+    spec: ModelSpec, reader: CheckpointReader, bits: int, bnb: BnbLinears | None
+) -> tuple[tuple[Linear, ...], tuple[str, ...]]:
     """(linears found, names of those that are absent or packed incompletely)."""
     found, missing = [], []
     for name in spec.linear_names():
-        if f"{name}.weight" in reader and len(reader.info(f"{name}.weight").shape) == 2:
-            out_features, in_features = reader.info(f"{name}.weight").shape
-            found.append(Linear(name, in_features, out_features, quantized=False))
+        weight = f"{name}.weight"
+        if bnb is not None and bnb.base_of(weight) is not None:
+            out_features, in_features = bnb.shape(name)
+            tensors = (weight, *(part for part in sorted(bnb.parts(weight)) if part in reader))
+            found.append(Linear(name, in_features, out_features, True, tensors))
+        elif weight in reader and len(reader.info(weight).shape) == 2:
+            out_features, in_features = reader.info(weight).shape
+            found.append(Linear(name, in_features, out_features, False, (weight,)))
         elif all(f"{name}.{part}" in reader for part in SUFFIXES):
             words, out_features = reader.info(f"{name}.qweight").shape
-            found.append(Linear(name, words * 32 // bits, out_features, quantized=True))
+            tensors = tuple(f"{name}.{part}" for part in SUFFIXES)
+            found.append(Linear(name, words * 32 // bits, out_features, True, tensors))
         else:
             missing.append(name)
     return tuple(found), tuple(missing)
 
 
-def _role(spec: ModelSpec, name: str, linears: frozenset[str]) -> str:
+def _role(spec: ModelSpec, name: str, linears: dict[str, Linear]) -> str:
     base, _, part = name.rpartition(".")
-    if base in linears and part in SUFFIXES:
-        return f"linears: {part}"
-    if base in linears and part == "weight":
-        return "linears: weight"
+    if name in linears:
+        return f"linears: {name.removeprefix(linears[name].name + '.')}"
     if base == spec.family.embedding:
         return "embedding"
     if base == spec.family.head:
@@ -182,12 +195,12 @@ def _role(spec: ModelSpec, name: str, linears: frozenset[str]) -> str:
     return "normalization" if "normalization" in (spec.keep_reason(name) or "") else "other"
 
 
-def _classes(spec: ModelSpec, reader: CheckpointReader) -> tuple[TensorClass, ...]:
-    linears = frozenset(spec.linear_names())
+def _classes(spec: ModelSpec, reader: CheckpointReader, linears: tuple[Linear, ...]) -> tuple[TensorClass, ...]:
+    owners = {name: linear for linear in linears for name in linear.tensors}
     rows: dict[tuple[str, str], list[int]] = {}
     for name in reader.names:
-        info, role = reader.info(name), _role(spec, name, linears)
-        packed = role.removeprefix("linears: ") in SUFFIXES
+        info, role = reader.info(name), _role(spec, name, owners)
+        packed = name in owners and owners[name].quantized
         row = rows.setdefault((role, DTYPE_NAMES[info.dtype]), [0, 0, 0])
         row[0] += 1
         row[1] += 0 if packed else math.prod(info.shape)
@@ -198,7 +211,7 @@ def _classes(spec: ModelSpec, reader: CheckpointReader) -> tuple[TensorClass, ..
 def _accounting(
     spec: ModelSpec, reader: CheckpointReader, linears: tuple[Linear, ...], missing: tuple[str, ...]
 ) -> Accounting:
-    explained = {f"{row.name}.{part}" for row in linears for part in (SUFFIXES if row.quantized else ("weight",))}
+    explained = {name for row in linears for name in row.tensors}
     reasons = {name: spec.keep_reason(name) for name in reader.names if name not in explained}
     kept = Counter(reason for reason in reasons.values() if reason is not None)
     quantized = sum(row.quantized for row in linears)

@@ -17,7 +17,7 @@ import pytest
 from qwen_quant import cli
 from qwen_quant.recipe import Recipe, load_recipe
 
-COMMANDS = ("gptq", "validate", "compare", "profile", "convert", "inspect", "plan", "doctor", "init", "demo")
+COMMANDS = ("gptq", "bnb", "validate", "compare", "profile", "convert", "inspect", "plan", "doctor", "init", "demo")
 SCRIPT = Path(sys.executable).with_name("qwen-quant")
 
 

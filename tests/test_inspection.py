@@ -84,7 +84,7 @@ def test_manifest_gives_provenance_and_layers(tmp_path: Path, qwen2_folder: Path
 
 def limits_of(folder: Path, name: str, shape: tuple[int, int], group_size: int) -> dict[str, str]:
     """target -> reason for one linear of `shape` (in_features, out_features) at 4 bits."""
-    linear = Linear(f"model.layers.0.{name}", *shape, quantized=False)
+    linear = Linear(f"model.layers.0.{name}", *shape, quantized=False, tensors=())
     return {limit.target: limit.reason for limit in shape_limits(read_model_spec(folder), (linear,), 4, group_size)}
 
 
@@ -113,3 +113,11 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
         inspect_path(tmp_path / "nosuch")
     with pytest.raises(InputError, match=r"config\.json"):
         inspect_path(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4_double", "fp4", "int8"])
+def test_bitsandbytes_folders_are_accounted_for(kind: str) -> None:
+    result = inspect_path(Path(__file__).parent / "golden" / "bnb" / kind)
+    assert result.accounting.quantized_linears == 7 * result.num_layers
+    assert (result.accounting.missing, result.accounting.unaccounted, result.limits) == ((), (), ())
+    assert result.quantized_parameters > 0

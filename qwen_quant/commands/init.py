@@ -37,6 +37,10 @@ checkpoint_format = "gptq"       # "gptq" (every runtime reads it) or "gptq_v2"
 expert_policy = "route-all"      # an expert with too few tokens: "route-all", "pool" or "round"
 expert_min_tokens = 64           # fewest tokens per group of an expert's input columns
 
+[bnb]
+quant_type = "nf4"               # "nf4", "fp4" or "int8"
+double_quant = false             # quantize the 4-bit scales too
+
 [calibration]
 source = "bundled"               # "bundled", or a .json, .jsonl or .txt file
 num_samples = 128                # rows

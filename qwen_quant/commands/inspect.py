@@ -22,7 +22,17 @@ GroupSize = Annotated[
 ]
 SHOWN_LAYERS = 10
 SHOWN_NAMES = 5
-SETTINGS = ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format")
+SETTINGS = (
+    "quant_method",
+    "bits",
+    "group_size",
+    "sym",
+    "desc_act",
+    "checkpoint_format",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "load_in_8bit",
+)
 
 
 def inspect(
@@ -87,6 +97,8 @@ def _audit(result: InspectResult) -> str:
 
 
 def _limits(result: InspectResult) -> tuple[str | Table, ...]:
+    if (result.quantization or {}).get("quant_method") == "bitsandbytes":
+        return ()
     if not result.limits:
         return (
             f"every linear suits Marlin-class kernels and tensor parallelism 2, 4, 8 at group_size {result.group_size}",
@@ -104,8 +116,9 @@ def _provenance(result: InspectResult) -> tuple[str, ...]:
     source, calibration, measured = (_object(facts, key) for key in ("source", "calibration", "measured"))
     commit = f" at {source['revision']}" if source.get("revision") else ""
     lines = [f"made from {source.get('id', '?')}{commit} by {_object(facts, 'versions').get('qwen-quant', '?')}"]
-    text, tokens, seed = (calibration.get(key, "?") for key in ("source", "tokens", "seed"))
-    lines.append(f"calibration: {text}, {tokens} tokens, seed {seed}")
+    if calibration:
+        text, tokens, seed = (calibration.get(key, "?") for key in ("source", "tokens", "seed"))
+        lines.append(f"calibration: {text}, {tokens} tokens, seed {seed}")
     if "wall_seconds" in measured and "peak_memory_bytes" in measured:
         peak = format_bytes(measured["peak_memory_bytes"])
         lines.append(f"it took {format_seconds(measured['wall_seconds'])} and {peak} at its peak")

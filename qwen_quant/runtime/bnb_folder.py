@@ -110,6 +110,13 @@ class BnbLinears:
         beside = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(_STATE + kind for kind in QUANT_TYPES))
         return {f"{name}.{part}" for part in beside}
 
+    def shape(self, base: str) -> tuple[int, int]:
+        """(out_features, in_features) of linear `base`, from its state alone."""
+        if self.format.quant_type != "int8":
+            return self._state(f"{base}.weight").shape
+        rows, columns = self.reader.info(f"{base}.weight").shape
+        return rows, columns
+
     def dense(self, base: str) -> Tensor:
         """FP32 [out, in] of linear `base`, exactly. Errors: InputError for a tensor that is missing or misshapen."""
         return self._dense_int8(base) if self.format.quant_type == "int8" else self._dense_4bit(f"{base}.weight")

@@ -10,13 +10,13 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from qwen_quant.errors import InputError
+from qwen_quant.errors import InputError, UsageError
 from qwen_quant.models.experts import ExpertList
 from qwen_quant.models.skeleton import compute_dtype, expected_tensors, meta_model
 from qwen_quant.runtime.head import keep_bf16, kept_dtype
@@ -178,7 +178,13 @@ def load_quantized(
     _fill(source, model, place, dtype)
     report = kernel_report(model, time.perf_counter() - started)
     model.kernel_report = report
+    model.save_pretrained = _refuse_saving
     return model
+
+
+def _refuse_saving(*arguments: object, **settings: object) -> NoReturn:
+    """Packed weights are laid out for one kernel: transformers would write a folder without them."""
+    raise UsageError("a model with packed Int4 linears cannot be saved", next_step="copy the folder it was loaded from")
 
 
 def _refuse_unexpected(source: WeightSource, model: PreTrainedModel) -> None:

@@ -197,3 +197,9 @@ def test_modules_are_int4_linears(artifact: Path) -> None:
     assert "bits=4" in repr(model.get_submodule(Q_PROJ))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(parameter.is_meta for parameter in [*model.parameters(), *model.buffers()])
+
+
+def test_saving_a_packed_model_is_refused(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be saved"):
+        load_quantized(artifact).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
