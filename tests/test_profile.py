@@ -288,7 +288,7 @@ def test_a_measurement_counts_what_it_generated(folder: Path, kind: str, no_limi
     weights = sum(p.nbytes for p in load_model(folder, dtype=torch.bfloat16).parameters())
     assert found["weights_bytes"] == pytest.approx(weights, rel=0.01)
     assert found["weights_bytes"] - found["step_weights_bytes"] >= 320 * 128 * 2  # the embedding is only looked up
-    assert found["generation_peak_bytes"] > found["process_bytes"] > 0
+    assert found["generation_peak_bytes"] >= found["process_bytes"] > 0
 
 
 def test_a_stop_token_does_not_end_it(folder: Path) -> None:
