@@ -12,6 +12,7 @@ from qwen_quant.commands import options
 from qwen_quant.commands.validate_report import report_parts
 from qwen_quant.console import Output, Report, note, running, show
 from qwen_quant.errors import GateError, InputError
+from qwen_quant.evaluation.report import JSON_FILE
 from qwen_quant.recipe import GateConfig
 from qwen_quant.results import ValidationResult, to_json
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 LONG_CONTEXT_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 WORK_FOLDER = ".validate.partial"
-REPORT_FILE = "report.json"
 
 Quantized = Annotated[
     str | None, typer.Argument(metavar="OUT", help="quantized folder or hub id (out in qwen-quant.toml)")
@@ -194,9 +194,9 @@ def _lengths(long_context: bool, lengths: str | None) -> tuple[int, ...] | None:
 
 def _prepare_report(folder: Path, *, force: bool) -> Path:
     """The work folder of a report in `folder` (InputError when a report is there already)."""
-    if (folder / REPORT_FILE).exists() and not force:
+    if (folder / JSON_FILE).exists() and not force:
         raise InputError(
-            f"{folder / REPORT_FILE} exists", next_step="add --force to replace it, or give another place: --report DIR"
+            f"{folder / JSON_FILE} exists", next_step="add --force to replace it, or give another place: --report DIR"
         )
     return folder / WORK_FOLDER
 
