@@ -120,6 +120,7 @@ def footprint(
     stacked = max(s[0] * s[1] for s in shapes) * 2
     solver = min(ROW_CHUNK_VALUES, stacked) * 4 * SOLVER_TEMPORARIES + stacked * 3
     batch = max(min(BATCH_BYTES, 4 * rows * tokens * widest), 4 * tokens * widest) * BATCH_TEMPORARIES
+    batch += len(stream) * stacked * 4  # the linears that share an input, held dense during a pass
     cache = sum(stream) * tokens * widest_in * BYTES_PER_VALUE
     working = max(solver, batch, _sparse_batch(spec, tokens)) + (cache if cache <= CACHE_BYTES else 0)
     hidden = sum(stream) * tokens * spec.hidden_size * BYTES_PER_VALUE

@@ -12,7 +12,7 @@ import sys
 
 OPENMP_SPINS = "1000"  # then a waiting thread sleeps
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's mallopt, malloc.h
-KEPT_BYTES = 1 << 30  # freed memory that stays with the process
+KEPT_BYTES = 256 << 20  # freed memory that stays with the process
 LARGEST_POOLED_BYTES = 32 << 20  # the largest threshold glibc takes
 
 
