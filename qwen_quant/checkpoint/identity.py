@@ -10,7 +10,7 @@ from qwen_quant.errors import InputError
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 (hexadecimal) of the lines "{sha256 of the file}  {name}\\n" of config.json and every *.safetensors, by name.
+    """sha256 of the lines "{sha256 of the file}  {name}\\n" of config.json and every *.safetensors, sorted by name.
 
     The same text that `sha256sum` prints for those files, so that anybody can check it without this tool. Card, licence
     and tokenizer may be added to an artifact without making its measurements those of another one.
