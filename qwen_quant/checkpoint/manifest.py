@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,15 @@ from typing import Any
 from qwen_quant import __version__
 from qwen_quant.checkpoint.families import ModelSpec, SparseBlock, SubBlock
 from qwen_quant.checkpoint.reader import INDEX_FILE, PICKLE_PATTERNS, file_sha256
+from qwen_quant.errors import InputError
 from qwen_quant.recipe import GPTQConfig
 
 MANIFEST_FILE = "qwen-quant.json"
+SCHEMA = "qwen-quant/1"
+# What may join or change beside finished weights: the card, the evidence, licence texts. Never what a runtime reads.
+SEALABLE = ("README.md", "report.json", "report.html", "profile.json", "profile.html")
+SEALABLE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
+_TEXT_SUFFIXES = ("", ".txt", ".md")
 QUANTIZE_CONFIG_FILE = "quantize_config.json"
 _REPLACED = {
     "config.json",
@@ -74,7 +82,16 @@ def write_configs(folder: Path, spec: ModelSpec, config: GPTQConfig) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write beside `path`, make it durable, rename: `path` is always either the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def copy_companions(source: Path, folder: Path) -> tuple[list[str], list[str]]:
@@ -116,3 +133,71 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `qwen-quant.json`, with the sha256 of every other file of the artifact in it."""
     outputs = {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST_FILE}
     _write_json(folder / MANIFEST_FILE, {**manifest, "output": {"sha256": outputs}})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The parsed `qwen-quant.json` of an artifact; its `output.sha256` maps plain file names to 64 hexadecimal digits.
+
+    Errors: InputError when it is absent, is not JSON, has another schema or no such map.
+    """
+    path = folder / MANIFEST_FILE
+    again = "give a folder that this tool wrote, or quantize the source again"
+    try:
+        manifest = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is not an artifact of qwen-quant", f"it has no {MANIFEST_FILE}", again) from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read", error.strerror or str(error), again) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged", str(error), again) from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise InputError(f"{path} is not a manifest", f"its schema is not {SCHEMA!r}", again)
+    output = manifest.get("output")
+    hashes = output.get("sha256") if isinstance(output, dict) else None
+    if not isinstance(hashes, dict) or not all(_plain(name) and _hexadecimal(value) for name, value in hashes.items()):
+        raise InputError(f"{path} is damaged", "output.sha256 is not a table of file names and their sha256", again)
+    return manifest
+
+
+def seal(folder: Path, names: Sequence[str]) -> None:
+    """Put the sha256 of card and evidence files into `qwen-quant.json`, which is replaced as a whole.
+
+    Args:
+        folder: a finished artifact.
+        names: files of it that were added or changed: `SEALABLE`, or licence texts (`SEALABLE_PATTERNS`).
+
+    Every other entry stays as it is: what was computed with the weights cannot be re-sealed, so that a file changed
+    afterwards is found by any later check.
+
+    Errors: InputError for another name (weights, configs, tokenizer, code), one that is absent, a link or no plain
+    file, and for an unusable manifest; nothing is written then.
+    """
+    manifest = read_manifest(folder)
+    found = {name: _sealed(folder, name) for name in names}
+    output = manifest["output"]
+    hashes = dict(sorted({**output["sha256"], **found}.items()))
+    _write_json(folder / MANIFEST_FILE, {**manifest, "output": {**output, "sha256": hashes}})
+
+
+def _sealed(folder: Path, name: str) -> str:
+    """The sha256 of one file that may be sealed (InputError otherwise)."""
+    path = folder / name
+    licence = path.suffix in _TEXT_SUFFIXES and any(path.match(pattern) for pattern in SEALABLE_PATTERNS)
+    if not _plain(name) or not (name in SEALABLE or licence):
+        raise InputError(
+            f"{name!r} cannot be sealed into {folder / MANIFEST_FILE}",
+            "its hash belongs to what was quantized; only the card, reports, profile and licence may join later",
+            "restore the file, or quantize again",
+        )
+    if path.is_symlink() or not path.is_file():
+        raise InputError(f"{path} cannot be sealed", "it is not a plain file", "put the file itself there")
+    return file_sha256(path)
+
+
+def _plain(name: Any) -> bool:
+    """Whether it is the name of a file in the folder itself, on any system."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def _hexadecimal(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")
