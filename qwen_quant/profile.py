@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
+from qwen_quant.checkpoint.identity import weights_sha256
 from qwen_quant.environment import inspect_environment, package_versions
 from qwen_quant.errors import InputError
 from qwen_quant.profiling.parent import ask
@@ -174,7 +175,7 @@ def _facts(subject: Subject) -> ModelFacts:
     from qwen_quant.runtime.loading import WeightSource
 
     source = WeightSource(subject.folder)
-    return ModelFacts(subject.name, str(subject.folder), source.kind, source.nbytes)
+    return ModelFacts(subject.name, str(subject.folder), source.kind, source.nbytes, weights_sha256(subject.folder))
 
 
 def _published(

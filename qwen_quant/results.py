@@ -197,10 +197,14 @@ class GateOutcome:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """report.json (schema `qwen-quant/report/1`, documented in docs/report.md): how far `quantized` is from `baseline`.
+    """report.json (schema `qwen-quant/report/2`, documented in docs/report.md): how far `quantized` is from `baseline`.
 
     Attributes:
         baseline, quantized: folders or hub ids as given; *_kind: "16-bit", "gptq 4 bit", "bitsandbytes nf4", ...
+        baseline_sha256, quantized_sha256: checkpoint.identity.weights_sha256 of the folder that was read, which names
+            the weights whatever the folder is called; "" where it has no *.safetensors file.
+        kv_cache: how the quantized side held the keys and values of its attention: "" when no cache was asked for (and
+            none was used), else "bf16" (the model's own dtype), "int8" or "qwen".
         texts: one row a text; by_length: the long-context table; tasks: benchmark tasks; smoke: fixed prompts.
         gates: every gate that was asked for; override_reason: why failing gates were overridden ("" when not).
         warnings: everything that a reader should know before trusting the numbers.
@@ -213,6 +217,9 @@ class ValidationResult:
     quantized_kind: str
     baseline_bytes: int
     quantized_bytes: int
+    baseline_sha256: str
+    quantized_sha256: str
+    kv_cache: str
     texts: tuple[TextResult, ...]
     by_length: tuple[LengthRow, ...]
     tasks: tuple[TaskResult, ...]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 
 from qwen_quant.activations import ActivationStore
+from qwen_quant.checkpoint.identity import weights_sha256
 from qwen_quant.errors import InputError
 from qwen_quant.evaluation import pair, streaming, validate
 from qwen_quant.evaluation.divergence import summarize, token_divergence
@@ -156,6 +157,8 @@ def test_streams_agree_with_whole_models(qwen2_folder: Path, artifact: Path, tex
     assert result.peak_memory_bytes > 0 and result.seconds > 0
     row = result.texts[0]
     assert (row.dataset, row.dataset_sha256) == (str(text), hashlib.sha256(text.read_bytes()).hexdigest())
+    hashes = (weights_sha256(qwen2_folder), weights_sha256(artifact))
+    assert (result.baseline_sha256, result.quantized_sha256) == hashes and len(set(hashes)) == 2
     # The tokenizer of the test checkpoints has one token a byte.
     assert row.bits_per_byte_baseline == pytest.approx(math.log2(row.perplexity.baseline))
     assert (result.baseline_kind, result.quantized_kind) == ("16-bit", "gptq 4 bit")

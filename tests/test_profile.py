@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from qwen_quant import cli, profile
+from qwen_quant.checkpoint.identity import weights_sha256
 from qwen_quant.errors import InputError, UsageError
 from qwen_quant.profile import Subject, measurement, profile_models
 from qwen_quant.profiling import child, memory, parent
@@ -426,7 +427,8 @@ def test_the_file_is_complete_and_reads_back(swept: ProfileResult, tmp_path: Pat
     path = tmp_path / "profile.json"
     write_profile(swept, path)
     document = read_profile(path)
-    assert document["schema"] == "qwen-quant/profile/1"
+    assert document["schema"] == "qwen-quant/profile/2"
+    assert [m["sha256"] for m in document["models"]] == [weights_sha256(Path(m["folder"])) for m in document["models"]]
     assert {"models", "measurements", "ratios", "published", "config", "warnings"} <= set(document)
     first = document["measurements"][0]
     assert first["cell"] == {"context_tokens": 1, "new_tokens": 5, "batch_size": 1, "kv_cache": "bf16"}

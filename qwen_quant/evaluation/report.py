@@ -1,4 +1,4 @@
-"""report.json (schema `qwen-quant/report/1`, every field in docs/report.md) and report.html, written and read back.
+"""report.json (schema `qwen-quant/report/2`, every field in docs/report.md) and report.html, written and read back.
 
 JSON knows neither NaN nor infinity: such a number is the string "NaN", "Infinity" or "-Infinity". So null means only
 "not measured", and a report reads back as the result it was written from. Reading is strict: every key of the schema
@@ -22,7 +22,7 @@ from qwen_quant.errors import InputError
 from qwen_quant.evaluation.report_html import render_html
 from qwen_quant.results import LayerStats, ValidationResult, to_json
 
-SCHEMA = "qwen-quant/report/1"
+SCHEMA = "qwen-quant/report/2"
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

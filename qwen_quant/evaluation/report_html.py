@@ -365,8 +365,10 @@ def _run_section(result: ValidationResult) -> str:
         "peak memory": format_bytes(result.peak_memory_bytes),
         "seed": str(result.seed),
         "baseline": result.baseline,
+        "baseline sha256": result.baseline_sha256,
         "quantized": result.quantized,
+        "quantized sha256": result.quantized_sha256,
         **result.versions,
     }
-    listed = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts.items())
+    listed = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts.items() if value)
     return f"<h2>This run</h2>\n<dl>{listed}</dl>"

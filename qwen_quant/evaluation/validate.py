@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qwen_quant.checkpoint.identity import weights_sha256
 from qwen_quant.checkpoint.manifest import versions
 from qwen_quant.environment import peak_rss_bytes
 from qwen_quant.errors import InputError
@@ -223,6 +224,7 @@ def validate_pair(
         warnings += ("nothing was measured: a smoke prompt failed (--no-smoke measures all the same)",)
     else:
         texts, rows = _scored(PairScorer(sources, device), parts, config, work, progress)
+    hashes = {folder: weights_sha256(folder) for folder in {baseline, quantized}}
     return ValidationResult(
         baseline=str(baseline),
         quantized=str(quantized),
@@ -230,6 +232,9 @@ def validate_pair(
         quantized_kind=sources[1].kind,
         baseline_bytes=sources[0].nbytes,
         quantized_bytes=sources[1].nbytes,
+        baseline_sha256=hashes[baseline],
+        quantized_sha256=hashes[quantized],
+        kv_cache="",
         texts=texts,
         by_length=rows,
         tasks=(),

@@ -1,6 +1,6 @@
-"""Results of `profile` and their file, profile.json (schema `qwen-quant/profile/1`). Sizes are bytes, times seconds.
+"""Results of `profile` and their file, profile.json (schema `qwen-quant/profile/2`). Sizes are bytes, times seconds.
 
-profile.json is {"schema": "qwen-quant/profile/1", ...the fields of ProfileResult...}: dataclasses become objects with
+profile.json is {"schema": "qwen-quant/profile/2", ...the fields of ProfileResult...}: dataclasses become objects with
 the field names below, tuples arrays, None null. A figure that is not finite does not occur.
 """
 
@@ -16,7 +16,7 @@ from qwen_quant.errors import InputError
 from qwen_quant.profiling.protocol import Cell, ProfileConfig
 from qwen_quant.results import to_json
 
-SCHEMA = "qwen-quant/profile/1"
+SCHEMA = "qwen-quant/profile/2"
 MEASURED, OOM, FAILED = "measured", "oom", "failed"
 
 
@@ -155,12 +155,16 @@ class Published:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """One profiled model: name in this result, folder, what it is ("16-bit", "gptq 4 bit", ...), bytes on disk."""
+    """One profiled model: name in this result, folder, what it is ("16-bit", "gptq 4 bit", ...), bytes on disk.
+
+    sha256 is checkpoint.identity.weights_sha256 of the folder: the same in a report.json about the same weights.
+    """
 
     name: str
     folder: str
     kind: str
     stored_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)

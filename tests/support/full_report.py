@@ -65,6 +65,9 @@ def full_result() -> ValidationResult:
         quantized_kind="gptq 4 bit",
         baseline_bytes=988_097_824,
         quantized_bytes=457_402_112,
+        baseline_sha256="01" * 32,
+        quantized_sha256="23" * 32,
+        kv_cache="int8",
         texts=(make_text(), make_text("bundled:eval_zh.txt", "cd", 0.21)),
         by_length=tuple(
             LengthRow(n, 131072 // n, 131072 - 131072 // n, p, p * 1.05, 1.05)
