@@ -28,7 +28,9 @@ LEVELS = (
         "hub",
         "profile",
         "profiling",
+        "export",
     ),
+    ("releasing", "release"),
     ("console", "commands", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
