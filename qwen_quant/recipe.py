@@ -20,6 +20,7 @@ BNB_BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 BNB_COMPUTE_DTYPES = ("auto", "bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
 EXPERT_POLICIES = ("route-all", "pool", "round")
+KV_CACHES = ("bf16", "int8", "qwen")
 RECIPE_NAME = "qwen-quant.toml"
 
 
@@ -175,6 +176,8 @@ class ValidationConfig:
         device: "auto", "cpu" or "cuda".
         seed: of every bootstrap.
         resume: continue a killed run of the same comparison.
+        kv_cache: hold the keys and values of OUT in such a cache, "bf16" (plain), "int8" or "qwen", and those of the
+            baseline in the plain one; "" is neither.
     """
 
     texts: tuple[str, ...] = ("bundled",)
@@ -187,9 +190,11 @@ class ValidationConfig:
     device: str = "auto"
     seed: int = 0
     resume: bool = True
+    kv_cache: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a value outside its range with one InputError that names it."""
+        _require(self.kv_cache in ("", *KV_CACHES), f"kv_cache is {self.kv_cache!r}", f"use one of {KV_CACHES}")
         _require(bool(self.texts), "there is no text to score", "give a file, or bundled")
         _require(self.window_tokens >= 2, f"window_tokens is {self.window_tokens}", "use 2 or more")
         _require(
