@@ -29,6 +29,8 @@ LEVELS = (
         "profile",
         "profiling",
         "export",
+        "signing",
+        "verify",
     ),
     ("releasing", "release"),
     ("console", "commands", "cli", "__main__"),

@@ -1,0 +1,145 @@
+"""OpenSSF model signing: one bundle, `model.sig`, over every other file of an artifact.
+
+The bundle is the one that the `model_signing` command line makes and checks (Sigstore bundle, DSSE envelope, in-toto
+statement with the sha256 of every file). Keys are PEM files of a P-256, P-384 or P-521 key; everything is offline.
+Optional package: extra `sign`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from qwen_quant.errors import InputError
+
+SIGNATURE_FILE = "model.sig"
+# As in qwen_quant/verify.py: what is not of the artifact. model-signing leaves git's own files out by itself.
+_IGNORED = (SIGNATURE_FILE, ".cache")
+_MAKE_KEY = (
+    "openssl ecparam -name prime256v1 -genkey -noout -out key.pem && openssl ec -in key.pem -pubout -out key.pub"
+)
+
+
+def sign_folder(folder: Path, key: Path) -> Path:
+    """Write `model.sig` over every file of `folder`; a signature of this key that is still valid is kept as it is.
+
+    ECDSA signatures are random, so keeping a valid one is what lets an interrupted push go on with the same bytes.
+
+    Errors: InputError for a key that cannot be used, or where the extra `sign` is not installed.
+    """
+    library = _library()
+    public = _public_half(_read_key(key))
+    with tempfile.TemporaryDirectory(prefix="qwen-quant-sign-") as scratch:
+        (Path(scratch) / "key.pub").write_bytes(public)
+        if (folder / SIGNATURE_FILE).is_file() and not _reason(library, folder, Path(scratch) / "key.pub"):
+            return folder / SIGNATURE_FILE
+    temporary = folder / f".{SIGNATURE_FILE}.{os.getpid()}.tmp"
+    try:
+        with _quiet(), _translated(key):
+            config = library.signing.Config().use_elliptic_key_signer(private_key=key)
+            config.set_hashing_config(library.hashing.Config().set_ignored_paths(paths=_IGNORED))
+            config.sign(folder, temporary)
+        os.replace(temporary, folder / SIGNATURE_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return folder / SIGNATURE_FILE
+
+
+def verify_signature(folder: Path, key: Path, *, allow_links: bool = False) -> str:
+    """Why `model.sig` does not prove that the owner of `key` signed these files, "" when it does.
+
+    Args:
+        folder: the artifact with its signature.
+        key: PEM public key.
+        allow_links: whether files may be links, as in the hub's download cache.
+
+    Errors: InputError for a key that cannot be used, or where the extra `sign` is not installed.
+    """
+    library = _library()
+    _read_key(key)
+    with _translated(key):
+        library.verifying.Config().use_elliptic_key_verifier(public_key=key)
+    return _reason(library, folder, key, allow_links=allow_links)
+
+
+def _library() -> ModuleType:
+    """model_signing with its submodules (InputError naming the extra where it is absent)."""
+    try:
+        import model_signing
+        import model_signing.hashing
+        import model_signing.signing
+        import model_signing.verifying
+    except ImportError as error:
+        raise InputError(
+            "signatures need the package model-signing", str(error), "pip install 'qwen-quant[sign]'"
+        ) from error
+    return model_signing
+
+
+def _read_key(key: Path) -> bytes:
+    """The PEM text of a key (InputError when it is no readable PEM file)."""
+    try:
+        text = key.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"the key {key} cannot be read", error.strerror or str(error), f"make one: {_MAKE_KEY}"
+        ) from error
+    if b"-----BEGIN" not in text:
+        raise InputError(f"{key} is not a key", "it is not a PEM file", f"make one: {_MAKE_KEY}")
+    return text
+
+
+def _public_half(private: bytes) -> bytes:
+    """PEM public key that belongs to a PEM private key."""
+    from cryptography.hazmat.primitives import serialization
+
+    with _translated(Path("the key")):
+        public = serialization.load_pem_private_key(private, None).public_key()
+    return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _reason(library: ModuleType, folder: Path, public: Path, *, allow_links: bool = False) -> str:
+    """Why the signature in `folder` is not that of `public` over these files, "" when it is."""
+    from cryptography.exceptions import InvalidSignature
+    from google.protobuf.json_format import ParseError
+
+    config = library.verifying.Config().use_elliptic_key_verifier(public_key=public)
+    if allow_links:
+        config.set_hashing_config(library.hashing.Config().set_allow_symlinks(True).set_ignored_paths(paths=_IGNORED))
+    try:
+        with _quiet():
+            config.verify(folder, folder / SIGNATURE_FILE)
+    except InvalidSignature:
+        return "was not made by the owner of this key"
+    except (ParseError, KeyError, IndexError, TypeError) as error:
+        return f"is damaged: {type(error).__name__}: {error}"
+    except ValueError as error:
+        return f"does not fit: {str(error).strip()}"
+    return ""
+
+
+@contextlib.contextmanager
+def _translated(key: Path) -> Iterator[None]:
+    """Errors of the key itself as InputError."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
+        raise InputError(
+            f"{key} cannot be used",
+            f"it is not an unencrypted P-256, P-384 or P-521 key of the right half: {error}",
+            f"make one: {_MAKE_KEY}",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """model-signing prints some warnings on stdout, which belongs to the result."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
