@@ -113,6 +113,30 @@ SCHEMES = {
 }
 
 
+def held_states(states: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """What attention reads back of `states` [rows, heads, tokens, channels] whose tokens were cached one by one.
+
+    Bit for bit what a cache of `kind` ("bf16": the plain one, "int8", "qwen") returns while it decodes, the newest
+    token included; as a chunk of their own every token has its own range in "qwen" too. `dtype` is the cache's, that is
+    the served model's; the result is in the dtype of `states`.
+    """
+    held = states.to(dtype)
+    if kind != PLAIN:
+        scheme = SCHEMES[kind]
+        chunks = held.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        back = scheme.dequantize(scheme.quantize(chunks), dtype)
+        held = back.squeeze(2).unflatten(0, (states.shape[0], states.shape[2])).transpose(1, 2)
+    return held.to(states.dtype)
+
+
+def attention_layers(config: PreTrainedConfig) -> frozenset[int]:
+    """Layers whose keys and values an Int8 cache holds: all but the linear-attention ones of a hybrid model.
+
+    Errors: InputError for a model without any, or with layers of a kind that is not known.
+    """
+    return frozenset(i for i, layer in enumerate(Int8Cache(config).layers) if isinstance(layer, Int8Layer))
+
+
 class _Storage:
     """The quantized keys, or values, of one layer: tensors [rows, heads, capacity, channels or 1].
 

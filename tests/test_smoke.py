@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from qwen_quant.errors import InputError
 from qwen_quant.evaluation import generation, smoke
-from qwen_quant.evaluation.generation import Generated, Request, fits_in_memory, generate, stop_ids
+from qwen_quant.evaluation.generation import Generated, Request, RunSettings, fits_in_memory, generate, stop_ids
 from qwen_quant.evaluation.smoke import PROMPTS, loop_length, repeats_itself, smoke_cases
 from qwen_quant.progress import no_progress
 from qwen_quant.results import SmokeCase
@@ -92,8 +92,8 @@ def random_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_dense_and_streamed_say_the_same_and_what_transformers_says(random_folder: Path) -> None:
     source, asked = WeightSource(random_folder), requests(random_folder)
-    dense = generate(source, asked, 12, CPU, no_progress, streamed=False)
-    assert dense == generate(source, asked, 12, CPU, no_progress, streamed=True)
+    dense = generate(source, asked, RunSettings(12, CPU, False), no_progress)
+    assert dense == generate(source, asked, RunSettings(12, CPU, True), no_progress)
     model = load_model(random_folder)
     for said, request in zip(dense, asked, strict=True):
         row = model.generate(torch.tensor([request.ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
@@ -104,10 +104,10 @@ def test_dense_and_streamed_say_the_same_and_what_transformers_says(random_folde
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_stop_token_ends_one_prompt_and_not_the_others(qwen2_folder: Path, streamed: bool) -> None:
     source, asked = WeightSource(qwen2_folder), requests(qwen2_folder)
-    free = generate(source, asked, 8, CPU, no_progress, streamed=streamed)
+    free = generate(source, asked, RunSettings(8, CPU, streamed), no_progress)
     token = free[0].ids[3]
     asked[0] = Request(asked[0].ids, frozenset({token}))
-    held = generate(source, asked, 8, CPU, no_progress, streamed=streamed)
+    held = generate(source, asked, RunSettings(8, CPU, streamed), no_progress)
     assert held[0] == Generated(free[0].ids[: free[0].ids.index(token)], True, False) and held[1:] == free[1:]
 
 

@@ -16,11 +16,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache
 
 from qwen_quant.environment import memory_bytes
 from qwen_quant.errors import InputError
 from qwen_quant.evaluation.streaming import Head
+from qwen_quant.kv_cache import PLAIN, make_cache
 from qwen_quant.models.skeleton import Fetch, Skeleton, expected_tensors, meta_model
 from qwen_quant.progress import ProgressFn
 from qwen_quant.runtime.loading import WeightSource, load_model
@@ -36,6 +37,23 @@ class Request:
 
     ids: tuple[int, ...]
     stops: frozenset[int]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a model answers.
+
+    Attributes:
+        max_new_tokens: the stop token counts as one of them.
+        device: where it computes.
+        streamed: one block in memory at a time, from disk.
+        kv_cache: kind of its cache (kv_cache.make_cache): "bf16" is the plain one.
+    """
+
+    max_new_tokens: int
+    device: torch.device
+    streamed: bool
+    kv_cache: str = PLAIN
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,7 @@ class CausalModel(Protocol):
     config: Any
     device: torch.device
 
-    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """New tokens and positions int64 [rows, n], mask int64 [rows, cached + n] -> FP32 [rows, vocabulary]."""
         ...
 
@@ -71,7 +89,7 @@ class DenseModel:
         self._model = load_model(source.folder, device, torch.float32)
         self.config, self.device = self._model.config, device
 
-    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """As in `CausalModel`."""
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         return self._model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -135,7 +153,7 @@ class StreamedModel:
         decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config).to(device)  # its buffers are not on disk
         setattr(decoder, source.spec.family.final_norm.rsplit(".", 1)[-1], nn.Identity())  # Head normalizes
 
-    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """As in `CausalModel`."""
         rows = self._source.reader.gather_rows(self._source.spec.family.embedding + ".weight", ids.cpu())
         hidden = self._decoder(
@@ -196,21 +214,21 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
 
 @torch.no_grad()
 def greedy(
-    model: CausalModel, requests: Sequence[Request], max_new_tokens: int, after_step: Callable[[], None]
+    model: CausalModel, requests: Sequence[Request], settings: RunSettings, after_step: Callable[[], None]
 ) -> tuple[Generated, ...]:
     """The most probable token at every step (the lowest id among equals), all prompts together.
 
     Args:
         model: dense or streamed.
         requests: the prompts, none empty, and the tokens that end each.
-        max_new_tokens: the stop token counts as one of them.
+        settings: how many tokens, and which cache.
         after_step: called after every step; there are fewer than max_new_tokens when every prompt has ended.
     """
     ids, mask, positions = _left_padded([request.ids for request in requests], model.device)
-    cache = DynamicCache(config=model.config)
+    cache = make_cache(model.config, settings.kv_cache)
     said: list[list[int]] = [[] for _ in requests]
     stopped, non_finite = set[int](), set[int]()
-    for _ in range(max_new_tokens):
+    for _ in range(settings.max_new_tokens):
         logits = model.logits(ids, mask, positions, cache)
         finite, picks = torch.isfinite(logits).all(1).tolist(), logits.argmax(1)
         for row, pick in enumerate(picks.tolist()):
@@ -231,13 +249,7 @@ def greedy(
 
 
 def generate(
-    source: WeightSource,
-    requests: Sequence[Request],
-    max_new_tokens: int,
-    device: torch.device,
-    progress: ProgressFn,
-    *,
-    streamed: bool,
+    source: WeightSource, requests: Sequence[Request], settings: RunSettings, progress: ProgressFn
 ) -> tuple[Generated, ...]:
     """Greedy answers of one checkpoint, run dense or streamed; progress is called after every step (streamed: block).
 
@@ -245,16 +257,16 @@ def generate(
     """
     _check_ids(source, requests)
     label = f"generating with {source.folder.name}"
-    total = max_new_tokens * (source.spec.num_layers if streamed else 1)
+    total = settings.max_new_tokens * (source.spec.num_layers if settings.streamed else 1)
     steps = itertools.count(1)
 
     def advance() -> None:
         progress(label, next(steps), total)
 
     progress(label, 0, total)
-    if streamed:
-        answers = greedy(StreamedModel(source, device, advance), requests, max_new_tokens, lambda: None)
+    if settings.streamed:
+        answers = greedy(StreamedModel(source, settings.device, advance), requests, settings, lambda: None)
     else:
-        answers = greedy(DenseModel(source, device), requests, max_new_tokens, advance)
+        answers = greedy(DenseModel(source, settings.device), requests, settings, advance)
     progress(label, total, total)
     return answers

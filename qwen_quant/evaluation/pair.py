@@ -19,6 +19,7 @@ from torch import Tensor
 from qwen_quant.evaluation.divergence import token_divergence
 from qwen_quant.evaluation.perplexity import WindowSet, token_losses
 from qwen_quant.evaluation.streaming import Head, final_hidden
+from qwen_quant.kv_cache import PLAIN
 from qwen_quant.models.skeleton import Skeleton
 from qwen_quant.progress import ProgressFn
 from qwen_quant.runtime.loading import WeightSource
@@ -68,10 +69,13 @@ class PairScorer:
     Args:
         sources: (baseline, quantized) weights.
         device: where blocks and heads are computed.
+        kv_cache: the quantized side's keys and values pass through a cache of this kind ("int8", "qwen", "bf16") and
+            the baseline's through the plain one; "": neither's do.
     """
 
-    def __init__(self, sources: tuple[WeightSource, WeightSource], device: torch.device) -> None:
+    def __init__(self, sources: tuple[WeightSource, WeightSource], device: torch.device, *, kv_cache: str = "") -> None:
         self.sources = sources
+        self.kv_caches = (PLAIN if kv_cache else "", kv_cache)
         self.skeletons = [Skeleton(source.spec, device, torch.float32) for source in sources]
         self._heads: tuple[Head, Head] | None = None
 
@@ -86,8 +90,8 @@ class PairScorer:
     def score(self, windows: Tensor, step: Callable[[], None]) -> TokenScores:
         """Scores of int64 [windows, tokens]; `step` is called after every block of either model and every window."""
         stores = [
-            final_hidden(source, skeleton, windows, step)
-            for source, skeleton in zip(self.sources, self.skeletons, strict=True)
+            final_hidden(source, skeleton, windows, step, kv_cache=kind)
+            for source, skeleton, kind in zip(self.sources, self.skeletons, self.kv_caches, strict=True)
         ]
         parts = []
         for row in range(windows.shape[0]):

@@ -32,7 +32,7 @@ import torch
 from jinja2 import TemplateError
 
 from qwen_quant.errors import InputError
-from qwen_quant.evaluation.generation import Generated, Request, fits_in_memory, generate, stop_ids
+from qwen_quant.evaluation.generation import Generated, Request, RunSettings, fits_in_memory, generate, stop_ids
 from qwen_quant.progress import ProgressFn
 from qwen_quant.results import SmokeCase
 from qwen_quant.runtime.loading import WeightSource
@@ -116,12 +116,14 @@ def smoke_cases(
     progress: ProgressFn,
     *,
     max_new_tokens: int = 48,
+    kv_cache: str = "",
 ) -> tuple[SmokeCase, ...]:
     """Ask both models every prompt, greedy and in FP32, and name what is wrong with the quantized model's answers.
 
     Models too large for memory are streamed from disk (`generation.fits_in_memory`) and say at most
     STREAMED_NEW_TOKENS tokens, which a note of every case then tells.  A quantized folder that cannot be read or
-    run gives failing cases with the reason.  The last case, "stop-tokens", has no prompt of its own.
+    run gives failing cases with the reason.  The quantized model answers with a cache of kind `kv_cache` ("": the plain
+    one), the baseline with the plain one.  The last case, "stop-tokens", has no prompt of its own.
 
     Errors: InputError when the baseline cannot be read or run.
     """
@@ -130,8 +132,9 @@ def smoke_cases(
     tokenizer = load_tokenizer(baseline.folder)
     prompts = [prompt for prompt in PROMPTS if tokenizer.has_chat_template or not prompt.system]
     sent = [_send(tokenizer, prompt, tokenizer.has_chat_template and not prompt.continued) for prompt in prompts]
-    run = _Run(device, limit, streamed)
+    run = RunSettings(limit, device, streamed)
     theirs = _answers(baseline, tokenizer, sent, run, progress)
+    run = replace(run, kv_cache=kv_cache or run.kv_cache)
     try:
         own_tokenizer = load_tokenizer(quantized.folder)
         own = [_send_like(own_tokenizer, prompt, like) for prompt, like in zip(prompts, sent, strict=True)]
@@ -142,15 +145,6 @@ def smoke_cases(
     notes = (f"limited to {limit} new tokens: the model is streamed from disk",) if streamed else ()
     cases = judged(prompts, theirs, ours)
     return tuple(replace(case, notes=case.notes + notes) for case in (*cases, stops))
-
-
-@dataclass(frozen=True)
-class _Run:
-    """How both models are run."""
-
-    device: torch.device
-    max_new_tokens: int
-    streamed: bool
 
 
 def _send(tokenizer: Tokenizer, prompt: SmokePrompt, is_chat: bool) -> Sent:
@@ -209,13 +203,13 @@ def _send_like(tokenizer: Tokenizer, prompt: SmokePrompt, like: Sent) -> Sent:
 
 
 def _answers(
-    source: WeightSource, tokenizer: Tokenizer, sent: Sequence[Sent], run: _Run, progress: ProgressFn
+    source: WeightSource, tokenizer: Tokenizer, sent: Sequence[Sent], run: RunSettings, progress: ProgressFn
 ) -> list[Answer]:
     """Generate and decode; a chat also ends at <|im_end|> where that is one token."""
     stops, end = stop_ids(source), tokenizer.encode(TURN_END)
     chat_stops = stops | set(end) if len(end) == 1 else stops
     requests = [Request(item.ids, chat_stops if item.is_chat else stops) for item in sent]
-    generated = generate(source, requests, run.max_new_tokens, run.device, progress, streamed=run.streamed)
+    generated = generate(source, requests, run, progress)
     answers = []
     for item, said in zip(sent, generated, strict=True):
         text = tokenizer.decode(said.ids) if said.ids else ""

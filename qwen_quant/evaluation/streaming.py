@@ -16,6 +16,7 @@ from torch.nn import functional
 from qwen_quant.activations import ActivationStore
 from qwen_quant.block_solver import batch_rows, embed
 from qwen_quant.errors import InputError
+from qwen_quant.evaluation.cached import cache_context
 from qwen_quant.experts import SPARSE_BATCH_BYTES
 from qwen_quant.models.skeleton import Skeleton, dense_weights, ordinary_linears
 from qwen_quant.runtime.loading import WeightSource
@@ -30,7 +31,12 @@ def _spans(rows: int, step: int) -> Iterator[tuple[int, int]]:
 
 @torch.no_grad()
 def final_hidden(
-    source: WeightSource, skeleton: Skeleton, windows: Tensor, on_block: Callable[[], None]
+    source: WeightSource,
+    skeleton: Skeleton,
+    windows: Tensor,
+    on_block: Callable[[], None],
+    *,
+    kv_cache: str = "",
 ) -> ActivationStore:
     """Hidden states in front of the final norm, FP32 [windows, tokens, hidden], reading one block at a time.
 
@@ -39,6 +45,7 @@ def final_hidden(
         skeleton: of the same ModelSpec, with dtype FP32.
         windows: int64 [windows, tokens].
         on_block: called after every block.
+        kv_cache: keys and values as a cache of this kind gives them back (`cached.py`); "": as they are, in FP32.
 
     Errors: InputError when a hidden state is not finite, with the block named.
     """
@@ -46,8 +53,10 @@ def final_hidden(
     store = ActivationStore((rows, tokens, source.spec.hidden_size), dtype=torch.float32)
     embed(source.reader, source.spec.family.embedding + ".weight", windows, [store])
     step = _step(source, tokens)
+    caches = cache_context(source.spec, skeleton.model, kv_cache)
     for layer in range(source.spec.num_layers):
-        block, context = skeleton.block(layer, source.dense), skeleton.context(layer, tokens)
+        block = skeleton.block(layer, source.dense)
+        context = {**skeleton.context(layer, tokens), **caches.get(layer, {})}
         with dense_weights(block, ordinary_linears(block), torch.float32):
             for span in _spans(rows, step):
                 out = block(store.load(*span).to(skeleton.device), **context)

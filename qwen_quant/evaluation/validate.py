@@ -20,6 +20,7 @@ from qwen_quant.checkpoint.identity import weights_sha256
 from qwen_quant.checkpoint.manifest import versions
 from qwen_quant.environment import peak_rss_bytes
 from qwen_quant.errors import InputError
+from qwen_quant.evaluation.cached import cache_notes
 from qwen_quant.evaluation.pair import PairScorer, score_sets
 from qwen_quant.evaluation.perplexity import WindowSet, windows_of
 from qwen_quant.evaluation.smoke import smoke_cases
@@ -165,8 +166,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _kind_warnings(sources: tuple[WeightSource, WeightSource]) -> tuple[str, ...]:
-    warnings = []
+def _kind_warnings(sources: tuple[WeightSource, WeightSource], kv_cache: str) -> tuple[str, ...]:
+    same = sources[0].folder.resolve() == sources[1].folder.resolve()
+    if kv_cache and same:  # the cache is what is compared, and any weights will do
+        return cache_notes(kv_cache)
+    warnings = list(cache_notes(kv_cache))
     if sources[0].is_quantized:
         warnings.append(f"the baseline {sources[0].folder} is itself quantized ({sources[0].kind})")
     if not sources[1].is_quantized:
@@ -214,8 +218,10 @@ def validate_pair(
     parts, device = _parts(config, sources), resolve_device(config.device)
     if work is not None:
         open_work(work, _identity(sources, config, parts), resume=config.resume)
-    smoke: tuple[SmokeCase, ...] = smoke_cases(sources[0], sources[1], device, progress) if config.smoke else ()
-    warnings = _kind_warnings(sources) + parts.warnings
+    smoke: tuple[SmokeCase, ...] = (
+        smoke_cases(*sources, device, progress, kv_cache=config.kv_cache) if config.smoke else ()
+    )
+    warnings = _kind_warnings(sources, config.kv_cache) + parts.warnings
     if not config.smoke:
         warnings += ("the smoke prompts were not run",)
     texts: tuple[TextResult, ...] = ()
@@ -223,7 +229,7 @@ def validate_pair(
     if any(case.failures for case in smoke):
         warnings += ("nothing was measured: a smoke prompt failed (--no-smoke measures all the same)",)
     else:
-        texts, rows = _scored(PairScorer(sources, device), parts, config, work, progress)
+        texts, rows = _scored(PairScorer(sources, device, kv_cache=config.kv_cache), parts, config, work, progress)
     hashes = {folder: weights_sha256(folder) for folder in {baseline, quantized}}
     return ValidationResult(
         baseline=str(baseline),
@@ -234,7 +240,7 @@ def validate_pair(
         quantized_bytes=sources[1].nbytes,
         baseline_sha256=hashes[baseline],
         quantized_sha256=hashes[quantized],
-        kv_cache="",
+        kv_cache=config.kv_cache,
         texts=texts,
         by_length=rows,
         tasks=(),
