@@ -6,20 +6,39 @@ Tensors of one linear [out, in] with G groups of consecutive columns:
     qzeros   int32 [G, out / 8]     8b + ORDER[i]; zeros likewise, as they are (no minus one)
     scales   FP16  [G, out]
 
-There is no g_idx, so act-order has no place here.  Codes run along the outputs while those of `PackedRows` run along the
-inputs: an 8 x 8 block of nibbles is transposed by three rounds of masked swaps on whole words, without unpacking.
+There is no g_idx, so act-order has no place here.  Codes run along the outputs, those of `PackedRows` along the inputs:
+an 8 x 8 block of nibbles is transposed by three rounds of masked swaps on whole words, without unpacking.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qwen_quant import __version__
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.errors import InputError
+from qwen_quant.export import checks
+from qwen_quant.export.folder import (
+    REST_DTYPES,
+    Encoding,
+    Specs,
+    plain_modules,
+    plan_folder,
+    read_folder,
+    write_config,
+    write_weights,
+)
+from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target
 from qwen_quant.export.pivot import LinearGrid, PackedRows, consecutive_groups, pack_codes, unpack_codes
+from qwen_quant.progress import ProgressFn
+
+if TYPE_CHECKING:
+    from qwen_quant.export.source import ExportSource
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -151,3 +170,66 @@ class AwqLayout:
     def stream(self, base: str) -> Tensor:
         """Packed codes of `base` row by row."""
         return stream_of(self.reader.read(f"{base}.qweight"))
+
+
+def _check(source: ExportSource) -> list[Inexact]:
+    return [
+        *checks.bits(source, (BITS,), "AWQ kernels are made for 4 bits"),
+        *checks.group_size(source),
+        *checks.act_order(source, "AWQ has no g_idx"),
+        *checks.ragged(source, "AWQ's groups are equal"),
+        *checks.outputs_fill_words(source),
+        *checks.fp16_scales(source),
+    ]
+
+
+def _specs(source: ExportSource, name: str) -> Specs:
+    out_features, in_features = source.shape(name)
+    words, groups = out_features // _WORD_CODES, source.groups(name)
+    return {
+        "qweight": (torch.int32, (in_features, words)),
+        "qzeros": (torch.int32, (groups, words)),
+        "scales": (torch.float16, (groups, out_features)),
+    }
+
+
+_ENCODING = Encoding(_specs, lambda source, name: to_awq(source.packed(name)))
+
+
+def awq_config(source: ExportSource) -> dict[str, Any]:
+    """quantization_config as AutoAWQ writes it."""
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": BITS,
+        "group_size": source.facts.group_size,
+        "zero_point": True,
+        "modules_to_not_convert": plain_modules(source) or None,
+    }
+
+
+def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
+    return plan_folder(source, options, _ENCODING)
+
+
+def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
+    write_weights(source, options, _ENCODING, target, progress)
+    write_config(source, target.folder, awq_config(source), options.rest)
+
+
+def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
+    return read_folder(folder, source, AwqLayout(CheckpointReader(folder), awq_config(source)))
+
+
+AWQ = Format(
+    name="awq",
+    summary="AWQ, version gemm: 4 bits, consecutive groups, symmetric or not",
+    runtimes=("vLLM", "SGLang", "transformers + gptqmodel", "mlx-lm", "onnxruntime-genai's builder", "TensorRT-LLM"),
+    extra="",
+    check=_check,
+    plan=_plan,
+    write=_write,
+    read_back=_read_back,
+    read_with=lambda: f"qwen-quant {__version__}",
+    rests=tuple(REST_DTYPES),
+)

@@ -13,14 +13,32 @@ Codes and zeros are the library's signed values plus 2^(bits-1), which is what t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qwen_quant import __version__
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.errors import InputError
+from qwen_quant.export import checks
+from qwen_quant.export.folder import (
+    REST_DTYPES,
+    Encoding,
+    Specs,
+    plan_folder,
+    read_folder,
+    write_config,
+    write_weights,
+)
+from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target
 from qwen_quant.export.pivot import LinearGrid, PackedRows, consecutive_groups, pack_codes, unpack_codes
+from qwen_quant.progress import ProgressFn
+
+if TYPE_CHECKING:
+    from qwen_quant.export.source import ExportSource
 
 BITS = (4, 8)
 FORMAT = "pack-quantized"
@@ -136,3 +154,89 @@ class CompressedLayout:
     def stream(self, base: str) -> Tensor:
         """Packed codes of `base` row by row."""
         return self.reader.read(f"{base}.weight_packed").view(torch.uint8)
+
+
+def _check(source: ExportSource) -> list[Inexact]:
+    return [
+        *checks.bits(source, BITS, "pack-quantized kernels are made for 4 and 8 bits"),
+        *checks.group_size(source),
+        *checks.act_order(source, "compressed-tensors and vLLM dropped group act-order"),
+        *checks.ragged(source, "compressed-tensors divides rows into equal groups"),
+    ]
+
+
+def _specs(source: ExportSource, name: str) -> Specs:
+    (out_features, in_features), bits = source.shape(name), source.layout.bits
+    groups = source.groups(name)
+    specs: Specs = {
+        "weight_packed": (torch.int32, (out_features, in_features * bits // _WORD_BITS)),
+        "weight_scale": (source.facts.scale_dtype, (out_features, groups)),
+        "weight_shape": (torch.int64, (2,)),
+    }
+    if not source.facts.sym:
+        specs["weight_zero_point"] = (torch.int32, (-(-out_features * bits // _WORD_BITS), groups))
+    return specs
+
+
+_ENCODING = Encoding(_specs, lambda source, name: to_compressed(source.packed(name), sym=source.facts.sym))
+
+
+def compressed_config(source: ExportSource) -> dict[str, Any]:
+    """quantization_config as llm-compressor writes it for weight-only integers."""
+    facts, family = source.facts, source.spec.family
+    by_group = facts.group_size != -1
+    weights = {
+        "num_bits": facts.bits,
+        "type": "int",
+        "symmetric": facts.sym,
+        "strategy": "group" if by_group else "channel",
+        "group_size": facts.group_size if by_group else None,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [family.head, *(f"re:{pattern}" for pattern in family.skips), *source.unquantized_linears],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
+    return plan_folder(source, options, _ENCODING)
+
+
+def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
+    write_weights(source, options, _ENCODING, target, progress)
+    write_config(source, target.folder, compressed_config(source), options.rest)
+
+
+def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
+    return read_folder(folder, source, CompressedLayout(CheckpointReader(folder), compressed_config(source)))
+
+
+COMPRESSED_TENSORS = Format(
+    name="compressed-tensors",
+    summary="compressed-tensors, pack-quantized: 4 and 8 bits, consecutive groups, symmetric or not",
+    runtimes=("vLLM", "SGLang", "transformers + compressed-tensors"),
+    extra="",
+    check=_check,
+    plan=_plan,
+    write=_write,
+    read_back=_read_back,
+    read_with=lambda: f"qwen-quant {__version__}",
+    rests=tuple(REST_DTYPES),
+)

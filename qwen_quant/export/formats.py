@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from qwen_quant.errors import InputError, UsageError
-from qwen_quant.gptq import QuantizedWeight
+from qwen_quant.export.pivot import PackedRows
 from qwen_quant.progress import ProgressFn
 
 if TYPE_CHECKING:
@@ -105,14 +105,14 @@ class Piece:
     Attributes:
         name: of a linear of the source (`ExportSource.linears`, without ".weight"), or of a kept tensor
             (`ExportSource.kept`), whatever it is called in the format.
-        values: what the file means. For a linear: FP32 [rows, in] (or FP16/BF16 if that is what it stores), or a whole
-            `QuantizedWeight` where the format keeps codes and grid apart (it is compared as such, which is much faster
-            and equal codes and grids have equal products). For a kept tensor: [rows, ...] in the stored dtype.
+        values: what the file means. For a linear: FP32 [rows, in] (or FP16/BF16 if that is what it stores), or all of
+            it as `PackedRows` where the format keeps codes and grid apart (equal codes and grids have equal products,
+            and comparing them is many times faster). For a kept tensor: [rows, ...] in the stored dtype.
         first_row: first row (index of dimension 0) of `values`.
     """
 
     name: str
-    values: Tensor | QuantizedWeight
+    values: Tensor | PackedRows
     first_row: int = 0
 
 
@@ -125,6 +125,7 @@ class Format:
         summary: one line for --list.
         runtimes: who reads it.
         extra: pip extra that `write` or `read_back` needs ("" for none).
+        packages: modules of that extra that must import; they are tried before anything is written.
         check: source -> why it cannot be exact; empty when it is. Needs no optional package; reads grids at most.
         plan: (source, options) -> ExportPlan, from headers alone. Needs no optional package.
         write: (source, options, target, progress) -> None. Fills `target.folder` with weights and every config the
@@ -146,6 +147,7 @@ class Format:
     read_back: Callable[[Path, ExportSource], Iterator[Piece]]
     read_with: Callable[[], str]
     rests: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
 
 
 def find_format(name: str) -> Format:

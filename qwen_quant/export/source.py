@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from qwen_quant.export.awq import AwqLayout
 from qwen_quant.export.compressed_tensors import CompressedLayout
 from qwen_quant.export.gptq import GptqLayout
 from qwen_quant.export.pivot import LinearGrid, PackedRows
+from qwen_quant.export.rows import stored_rows
 from qwen_quant.gptq import QuantizedWeight
 from qwen_quant.models.skeleton import expected_tensors, meta_model
 from qwen_quant.runtime.loading import _quantization_settings
@@ -113,7 +113,7 @@ class ExportSource:
                 "check that config.json belongs to these weights",
             )
         parts = {f"{name}.{suffix}" for name, suffixes in packed.items() for suffix in suffixes}
-        self._check_shapes(expected, parts)
+        self._check_shapes(expected)
         self.dropped = self._droppable(expected, parts)
         self.kept = tuple(name for name in self.reader.names if name not in parts and name not in self.dropped)
         self._last: tuple[str, QuantizedWeight] | None = None
@@ -166,23 +166,14 @@ class ExportSource:
 
     def kept_rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop (dimension 0) of kept tensor `name`, as stored, without reading the others."""
-        info = self.reader.info(name)
-        if not info.shape:
-            return self.reader.read(name)
-        stop = info.shape[0] if stop is None else min(stop, info.shape[0])
-        row_bytes = info.nbytes // max(info.shape[0], 1)
-        count = (stop - start) * row_bytes
-        if not count:
-            return torch.empty(stop - start, *info.shape[1:], dtype=info.dtype)
-        raw = np.fromfile(info.file, dtype=np.uint8, count=count, offset=info.offset + start * row_bytes)
-        return torch.from_numpy(raw).view(info.dtype).view(stop - start, *info.shape[1:])
+        return stored_rows(self.reader.info(name), start, stop)
 
     @cached_property
     def facts(self) -> SourceFacts:
         """Measured on every grid (scales, zeros and g_idx are read once: about 3% of the folder)."""
         return measure(self)
 
-    def _check_shapes(self, expected: dict[str, tuple[int, ...]], parts: set[str]) -> None:
+    def _check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Every parameter of the model is there in its shape, packed or plain (InputError)."""
         linears = set(self.linears)
         for name, shape in expected.items():
@@ -247,10 +238,11 @@ def measure(source: ExportSource) -> SourceFacts:
     bits, middle, top = source.layout.bits, 2 ** (source.layout.bits - 1), 2**source.layout.bits - 1
     sizes: set[int] = set()
     found: dict[str, list[str]] = {key: [] for key in ("act", "ragged", "zero", "scale", "minimum")}
-    sym, dtype, error, largest = True, torch.float16, 0.0, 0.0
+    sym, dtypes, error, largest = True, set(), 0.0, 0.0
     for name in source.linears:
         grid = source.grid(name)
-        scales, dtype = grid.scales.float(), grid.scales.dtype
+        scales = grid.scales.float()
+        dtypes.add(grid.scales.dtype)
         if not bool(torch.isfinite(scales).all()):
             raise InputError(
                 f"{source.folder}: '{name}' has a scale that is NaN or Inf", next_step="fetch or make it again"
@@ -272,6 +264,9 @@ def measure(source: ExportSource) -> SourceFacts:
         found["minimum"] += [name] if not torch.equal(minimum.half().float(), minimum) else []
         largest = max(largest, float(scales.abs().max()))
     group_size = _common_size(source, sizes)
+    if len(dtypes) > 1:
+        what = f"{source.folder} stores scales in {' and '.join(sorted(map(str, dtypes)))}"
+        raise InputError(what, "one dtype for all is read here", "give an artifact of one tool")
     return SourceFacts(
         bits=bits,
         group_size=group_size,
@@ -279,7 +274,7 @@ def measure(source: ExportSource) -> SourceFacts:
         act_order=tuple(found["act"]),
         ragged=tuple(found["ragged"]),
         zero_zeros=tuple(found["zero"]),
-        scale_dtype=dtype,
+        scale_dtype=dtypes.pop(),
         wide_scales=tuple(found["scale"]),
         wide_scale_error=error,
         wide_minimums=tuple(found["minimum"]),
