@@ -70,7 +70,7 @@ def cache_in(dtype: torch.dtype, config: Any, kind: str) -> Cache:
         keys, values = write(keys.to(dtype), values.to(dtype), *others, **named)
         return keys.float(), values.float()
 
-    cache.update = update  # type: ignore[method-assign]
+    cache.update = update
     return cache
 
 
@@ -155,7 +155,12 @@ def test_the_quantized_side_answers_smoke_prompts_with_the_cache(
     from qwen_quant.evaluation import generation
 
     made: list[str] = []
-    monkeypatch.setattr(generation, "make_cache", lambda config, kind: made.append(kind) or make_cache(config, kind))
+
+    def noted(config: Any, kind: str) -> Cache:
+        made.append(kind)
+        return make_cache(config, kind)
+
+    monkeypatch.setattr(generation, "make_cache", noted)
     source = WeightSource(folders["grouped"])
     smoke_cases(source, source, CPU, no_progress, max_new_tokens=2, kv_cache="int8")
     smoke_cases(source, source, CPU, no_progress, max_new_tokens=2)

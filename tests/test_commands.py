@@ -107,6 +107,25 @@ def test_a_report_is_not_overwritten_without_force(
     assert Path("elsewhere/report.json").is_file()
 
 
+def test_a_cache_alone_is_compared_on_the_same_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = fake_validation(monkeypatch)
+    Path("qwen-quant.toml").write_text("model = 'model'\nout = 'artifact'\n")
+    assert cli.run(["validate", "artifact", "--kv-cache", "int8"]) == 0
+    assert cli.run(["validate", "artifact", "--baseline", "artifact", "--kv-cache", "qwen"]) == 0
+    assert cli.run(["validate", "artifact", "--baseline", "model", "--kv-cache", "int8"]) == 0
+    Path("qwen-quant.toml").write_text("model = 'model'\nout = 'artifact'\n[validation]\nkv_cache = 'int8'\n")
+    assert cli.run(["validate", "--force"]) == 0
+    names = [(str(call[0]), str(call[1]), call[2].kv_cache) for call in calls]
+    both = ("model", "artifact", "int8")
+    assert names == [("artifact", "artifact", "int8"), ("artifact", "artifact", "qwen"), both, both]
+    for place in ("artifact-int8-cache", "artifact-qwen-cache", "artifact"):
+        assert Path(place, "report.json").is_file()
+    assert cli.run(["validate", "artifact", "--kv-cache", "fp8"]) == 2
+    assert "fp8" in capsys.readouterr().err
+
+
 def test_the_recipe_holds_gates_and_texts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

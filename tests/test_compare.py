@@ -143,7 +143,7 @@ def test_tasks_and_lengths_need_the_same_items() -> None:
 
 
 def test_remarks_name_seeds_and_versions() -> None:
-    other = dataclasses.replace(BASE, seed=8, versions={"torch": "2.14.0"}, baseline_kind="gptq 8 bit")
+    other = dataclasses.replace(BASE, seed=8, versions={"torch": "2.14.0"}, baseline_kind="gptq 8 bit", kv_cache="")
     result = compare_reports(BASE, other)
     assert result.same_protocol
     said = "\n".join(result.warnings)

@@ -264,6 +264,7 @@ def test_the_page_is_well_formed_and_loads_nothing() -> None:
         "sha256 abab",
         "0101" * 16,
         "2323" * 16,
+        "KV cache: int8 against plain, on other weights",
     ):
         assert words in text, words
 

@@ -122,6 +122,19 @@ def a_run(place: Path, *names: str, **changes: Any) -> TaskRun:
     return TaskRun(**{**settings, **changes})
 
 
+def test_answers_through_a_cache(folder: Path, model: LanguageModel) -> None:
+    """Int8 keys and values move every likelihood a little; greedy text and batching stay the model's own."""
+    cached = LanguageModel(load_model(folder), load_tokenizer(folder)._inner, "tiny", "int8")
+    pairs = [("a long question " * n, " answer") for n in (1, 2, 5)]
+    plain, ours = (answers(m.likelihoods(pairs), 3) for m in (model, cached))
+    alone = [answers(cached.likelihoods([pair]), 1)[0] for pair in pairs]
+    for left, right, single in zip(plain, ours, alone, strict=True):
+        assert 1e-6 < abs(left.value[0] - right.value[0]) < 0.05 * abs(left.value[0])
+        assert right.value[0] == pytest.approx(single.value[0], rel=1e-5)
+    made = answers(cached.generate([("a question", {"until": [], "max_gen_toks": 5})]), 1)[0]
+    assert isinstance(made.value, str)
+
+
 def answers(batches: Any, count: int) -> list[Answer]:
     """Answers in the order of the requests."""
     found: dict[int, Answer] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,11 +13,9 @@ from qwen_quant.commands.validate_report import report_parts
 from qwen_quant.console import Output, Report, note, running, show
 from qwen_quant.errors import GateError, InputError
 from qwen_quant.evaluation.report import JSON_FILE
+from qwen_quant.hub.download import ModelSource
 from qwen_quant.recipe import GateConfig
 from qwen_quant.results import ValidationResult, to_json
-
-if TYPE_CHECKING:
-    pass
 
 LONG_CONTEXT_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 WORK_FOLDER = ".validate.partial"
@@ -45,6 +43,10 @@ LongContext = Annotated[
     bool, typer.Option("--long-context", help="add the table of perplexity at 1024, 2048, ... 32768 tokens")
 ]
 Lengths = Annotated[str | None, typer.Option("--lengths", metavar="N,N,...", help="the same table at these lengths")]
+KvCache = Annotated[
+    Literal["bf16", "int8", "qwen"] | None,
+    typer.Option("--kv-cache", help="keep OUT's keys and values in such a cache; without --baseline only that differs"),
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option("--device", help="where to compute (auto)")]
 Seed = Annotated[int | None, typer.Option("--seed", help="of every bootstrap (0)")]
 Smoke = Annotated[
@@ -74,7 +76,10 @@ Override = Annotated[
     str | None, typer.Option("--override-gates", metavar="REASON", help="accept failed gates; the reason is recorded")
 ]
 ReportFolder = Annotated[
-    Path | None, typer.Option("--report", metavar="DIR", help="where report.json and report.html go (OUT)")
+    Path | None,
+    typer.Option(
+        "--report", metavar="DIR", help="where report.json and report.html go (OUT; of a cache alone OUT-int8-cache)"
+    ),
 ]
 
 
@@ -88,6 +93,7 @@ def validate(
     join: Joining = None,
     long_context: LongContext = False,
     lengths: Lengths = None,
+    kv_cache: KvCache = None,
     device: Device = None,
     seed: Seed = None,
     smoke: Smoke = None,
@@ -123,6 +129,7 @@ def validate(
       qwen-quant validate ./out --baseline ./model --max-kl 0.1 --min-top1 0.85 --json
       qwen-quant validate ./out --baseline ./model --preset qwen-base --data-dir ./hub --limit 200
       qwen-quant validate ./out --baseline ./model --long-context --text book.txt --max-windows 1
+      qwen-quant validate ./model --kv-cache int8
     """
     output = Output(json=json, quiet=quiet)
     recipe = options.project_recipe(output)
@@ -135,6 +142,7 @@ def validate(
         max_windows=max_windows,
         joining=join,
         lengths=table,
+        kv_cache=kv_cache,
         smoke=smoke,
         device=device,
         seed=seed,
@@ -150,12 +158,15 @@ def validate(
     if override_gates is not None and not override_gates.strip():
         raise typer.BadParameter("a reason is required", param_hint="'--override-gates'")
     target_name = options.required(quantized or recipe.out, "out")
-    if not (baseline or recipe.model):
+    same_weights = kv_cache is not None and baseline is None
+    if not (same_weights or baseline or recipe.model):
         raise typer.BadParameter("it is required: the checkpoint OUT was made from", param_hint="'--baseline'")
     wanted = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     target = options.find_model(target_name, output)
-    source = options.find_model(baseline or options.required(recipe.model, "model"), output)
-    folder = report or (target.path if target.revision is None else Path(f"{target.path.name}-report"))
+    source = target
+    if not same_weights:
+        source = options.find_model(baseline or options.required(recipe.model, "model"), output)
+    folder = report or _report_folder(target, source, config.kv_cache)
     work = _prepare_report(folder, force=force)
     run = None
     if wanted or preset:
@@ -172,6 +183,7 @@ def validate(
             data_dir=data_dir or Path(),
             by_subject=by_subject,
             offline=offline,
+            kv_cache=config.kv_cache,
         )
     elif max_task_drop is not None:
         raise typer.BadParameter("it needs --tasks or --preset", param_hint="'--max-task-drop'")
@@ -190,6 +202,13 @@ def _lengths(long_context: bool, lengths: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in lengths.split(","))
     except ValueError:
         raise typer.BadParameter(f"'{lengths}' is not a list of numbers", param_hint="'--lengths'") from None
+
+
+def _report_folder(target: ModelSource, source: ModelSource, kv_cache: str) -> Path:
+    """Where a report goes by default: into OUT; one on a cache alone says nothing of OUT and gets its own folder."""
+    if kv_cache and source.path.resolve() == target.path.resolve():
+        return Path(f"{target.source_id.rpartition('/')[2]}-{kv_cache}-cache")
+    return target.path if target.revision is None else Path(f"{target.path.name}-report")
 
 
 def _prepare_report(folder: Path, *, force: bool) -> Path:

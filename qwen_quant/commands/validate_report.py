@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from qwen_quant.console import Table
+from qwen_quant.evaluation.report_numbers import cache_words
 from qwen_quant.results import Interval, TextResult, ValidationResult
 from qwen_quant.units import format_bytes, format_seconds
 
 
 def report_parts(result: ValidationResult) -> tuple[str | Table, ...]:
     """Every section of the report that has something in it."""
-    parts: list[str | Table] = []
+    parts: list[str | Table] = [cache_words(result)] if result.kv_cache else []
     for text in result.texts:
         parts += [protocol(text), comparison_table(result, text), text.verdict.text]
     if result.by_length:

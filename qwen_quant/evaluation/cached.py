@@ -60,6 +60,6 @@ def cache_notes(kind: str) -> tuple[str, ...]:
     if kind != "qwen":
         return ()
     return (
-        "the qwen cache scales a prompt as a whole and every generated token by itself: all tokens are measured here as "
-        "generated ones, a prompt loses more",
+        "the qwen cache scales a prompt as a whole and every generated token by itself: texts are measured as "
+        "generated tokens, a prompt loses more",
     )

@@ -299,6 +299,8 @@ def _remarks(a: ValidationResult, b: ValidationResult) -> list[str]:
     found = []
     if a.seed != b.seed:
         found.append(f"the bootstrap seeds are {a.seed} and {b.seed}")
+    if a.kv_cache != b.kv_cache:
+        found.append(f"the KV caches differ: {a.kv_cache or 'none asked for'} and {b.kv_cache or 'none asked for'}")
     if a.baseline_kind != b.baseline_kind:
         found.append(f"the baselines are of another kind: {a.baseline_kind} and {b.baseline_kind}")
     names = sorted(a.versions.keys() | b.versions.keys())

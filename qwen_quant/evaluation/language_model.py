@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from qwen_quant.errors import InputError
+from qwen_quant.kv_cache import make_cache
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_NEW_TOKENS = 256
@@ -65,10 +66,11 @@ class LanguageModel:
         model: transformers' class, on its device, in the dtype to compute in.
         tokenizer: a transformers tokenizer.
         name: of the model, for errors.
+        kv_cache: kind of cache that keys and values pass through (kv_cache.make_cache); "": none but generate's own.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str, kv_cache: str = "") -> None:
+        self.model, self.tokenizer, self.name, self.kv_cache = model, tokenizer, name, kv_cache
         self.device = next(model.parameters()).device
         self.max_length = max_length(model.config)
 
@@ -164,7 +166,8 @@ class LanguageModel:
         """Answers of the rows of one batch, in the order of `members`; logits are made only where they are scored."""
         ids, mask = padded(inputs, left=False, device=self.device)
         extra = {} if bool(mask.all()) else {"attention_mask": mask}
-        hidden = self.model.get_decoder()(input_ids=ids, use_cache=False, **extra).last_hidden_state
+        cache = self._cache()
+        hidden = self.model.get_decoder()(input_ids=ids, use_cache=bool(cache), **cache, **extra).last_hidden_state
         head = self.model.get_output_embeddings()
         answers = []
         for state, tokens, group in zip(hidden, inputs, members, strict=True):
@@ -180,6 +183,10 @@ class LanguageModel:
         for _, compute in self._scored(rows):
             total += sum(answer.value[0] for answer in compute())
         return Answer(total)
+
+    def _cache(self) -> dict[str, Any]:
+        """The argument that hands the model an empty cache of the kind asked for; {} for none."""
+        return {"past_key_values": make_cache(self.model.config, self.kv_cache)} if self.kv_cache else {}
 
     @torch.inference_mode()
     def _generated(self, prompts: list[list[int]], settings: Generation) -> list[Answer]:
@@ -198,6 +205,7 @@ class LanguageModel:
             attention_mask=mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([stopper]),
+            **self._cache(),
         )
         answers = []
         for row, prompt, stopped in zip(output.tolist(), prompts, stopper.stopped_after, strict=True):

@@ -31,7 +31,8 @@ def measure(
     if run is None or any(case.failures for case in result.smoke):
         return result
     device = resolve_device(config.device)
-    first, second = (run_tasks(folder, run, device, progress) for folder in pair)
+    runs = (dataclasses.replace(run, kv_cache=""), run)
+    first, second = (run_tasks(folder, each, device, progress) for folder, each in zip(pair, runs, strict=True))
     told = {text: None for scores in (first, second) for task in scores.values() for text in task.warnings}
     return dataclasses.replace(
         result,

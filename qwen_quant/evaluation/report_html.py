@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qwen_quant.evaluation.report_numbers import (
+    cache_words,
     escaped,
     number,
     percent,
@@ -104,13 +105,14 @@ def _details(summary: str, content: str) -> str:
 
 
 def _header(result: ValidationResult) -> str:
+    cache = escaped(cache_words(result))
     share = f" ({percent(result.quantized_bytes / result.baseline_bytes)} of it)" if result.baseline_bytes else ""
     return (
         f"<h1>Validation of {escaped(_last(result.quantized))}</h1>\n"
         f'<p class="soft">{escaped(result.quantized)}: {escaped(result.quantized_kind)}, '
         f"{format_bytes(result.quantized_bytes)}{share}<br>\n"
         f"compared with {escaped(result.baseline)}: {escaped(result.baseline_kind)}, "
-        f"{format_bytes(result.baseline_bytes)}</p>"
+        f"{format_bytes(result.baseline_bytes)}{f'<br>{chr(10)}{cache}' if cache else ''}</p>"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from html import escape
 
-from qwen_quant.results import Interval
+from qwen_quant.results import Interval, ValidationResult
 
 # What a browser or a terminal would drop, or obey by turning the rest of a line around, is shown as its escape.
 _CONTROLS = (*range(9), *range(11, 32), *range(0x7F, 0xA0))
@@ -49,6 +49,15 @@ def points(difference: float) -> str:
 def whole(count: int) -> str:
     """A count with commas: 65536 -> "65,536"."""
     return f"{count:,}"
+
+
+def cache_words(result: ValidationResult) -> str:
+    """Which KV caches were compared, in a sentence; "" where none was asked for."""
+    if not result.kv_cache:
+        return ""
+    other = "plain" if result.kv_cache == "bf16" else result.kv_cache
+    weights = "the same weights" if result.baseline_sha256 == result.quantized_sha256 else "other weights"
+    return f"KV cache: {other} against plain, on {weights}"
 
 
 def span(interval: Interval) -> str:

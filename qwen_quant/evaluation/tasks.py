@@ -61,6 +61,7 @@ class TaskRun:
             harness runs in that folder, so relative `data_files` of task files are taken from it too.
         by_subject: list the members of a group beside the group.
         offline: never ask the Hub.
+        kv_cache: OUT answers with its keys and values in such a cache (kv_cache.make_cache); "": in the plain one.
     """
 
     tasks: tuple[str, ...]
@@ -73,6 +74,7 @@ class TaskRun:
     data_dir: Path = Path(".")
     by_subject: bool = False
     offline: bool = False
+    kv_cache: str = ""
 
 
 def run_tasks(
@@ -87,7 +89,8 @@ def run_tasks(
     with _surroundings(run, folder):
         plans, manager = _allowed(run)
         loaded = load_plans(plans, manager, _hub_folder(run.data_dir), run.seed, progress)
-        asker = _Asker(folder, torch.device(device), RequestJournal(run.work / JOURNAL_FILE), progress)
+        journal = RequestJournal(run.work / JOURNAL_FILE)
+        asker = _Asker(folder, torch.device(device), journal, progress, run.kv_cache)
         scores: dict[str, TaskScores] = {}
         for plan in loaded:
             scores.update(_run_plan(plan, run, asker))
@@ -246,13 +249,15 @@ class _Asker:
         label: what the progress line says. truncated: tokens cut off, one entry for each request that was too long.
     """
 
-    def __init__(self, folder: Path, device: torch.device, journal: RequestJournal, progress: ProgressFn) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, journal: RequestJournal, progress: ProgressFn, kv_cache: str
+    ) -> None:
         self._journal, self._progress = journal, progress
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._identity = model_identity(folder, f"{device.type} {dtype}")
+        self._identity = model_identity(folder, f"{device.type} {dtype}" + (f" {kv_cache} cache" if kv_cache else ""))
         self.tokenizer = load_tokenizer(folder)._inner
         progress("loading the model", 0, 1)
-        self.model = LanguageModel(load_model(folder, device, dtype), self.tokenizer, str(folder))
+        self.model = LanguageModel(load_model(folder, device, dtype), self.tokenizer, str(folder), kv_cache)
         progress("loading the model", 1, 1)
         self.label = ""
         self.truncated: list[int] = []
