@@ -24,17 +24,19 @@ from qwen_quant.commands.compare import compare
 from qwen_quant.commands.convert import convert
 from qwen_quant.commands.demo import demo
 from qwen_quant.commands.doctor import doctor
+from qwen_quant.commands.export import export
 from qwen_quant.commands.gptq import gptq
 from qwen_quant.commands.init import init
 from qwen_quant.commands.inspect import inspect
 from qwen_quant.commands.plan import plan
 from qwen_quant.commands.profile import profile
+from qwen_quant.commands.release import release
 from qwen_quant.commands.validate import validate
 from qwen_quant.console import close_stdout, show_error, write_line
 from qwen_quant.errors import InputError, Interrupted, QwenQuantError, UsageError
 from qwen_quant.process import tune_process
 
-COMMANDS = (gptq, bnb, convert, validate, compare, profile, inspect, plan, doctor, init, demo)
+COMMANDS = (gptq, bnb, convert, export, validate, compare, profile, release, inspect, plan, doctor, init, demo)
 DEBUG_VARIABLE = "QWEN_QUANT_DEBUG"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)

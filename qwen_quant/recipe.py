@@ -22,6 +22,7 @@ DEVICES = ("auto", "cpu", "cuda")
 EXPERT_POLICIES = ("route-all", "pool", "round")
 KV_CACHES = ("bf16", "int8", "qwen")
 RECIPE_NAME = "qwen-quant.toml"
+RELEASE_TABLES = ("release", "profile", "tasks", "export")  # `qwen-quant release` reads and checks them (releasing/)
 
 
 def _require(condition: bool, what: str, next_step: str) -> None:
@@ -271,6 +272,8 @@ def parse_size(text: str) -> int:
 def _fits(value: Any, key: dataclasses.Field[Any]) -> bool:
     """Whether a TOML value may stand where the key's default stands (None: an optional number)."""
     default = key.default
+    if default is None and str(key.type).startswith("int"):
+        return type(value) is int
     if default is None or isinstance(default, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, tuple):
@@ -279,8 +282,11 @@ def _fits(value: Any, key: dataclasses.Field[Any]) -> bool:
     return type(value) is type(default)
 
 
-def _section(table: dict[str, Any], name: str, cls: type, path: Path) -> Any:
-    """One TOML table as its frozen config; an unknown key is an error that lists the known ones."""
+def read_section(table: dict[str, Any], name: str, cls: type, path: Path) -> Any:
+    """Take the TOML table `name` out of `table` as the frozen config `cls` (its defaults where it is absent).
+
+    Errors: InputError naming `path`, the table and the key, with the known keys where the key is unknown.
+    """
     values = table.pop(name, {})
     if not isinstance(values, dict):
         raise InputError(f"{path}: [{name}] is not a table")
@@ -297,27 +303,44 @@ def _section(table: dict[str, Any], name: str, cls: type, path: Path) -> Any:
         raise InputError(f"{path}: [{name}] {error.what}", error.why, error.next_step) from None
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read `qwen-quant.toml`. Errors: InputError naming the file, the table and the key."""
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a recipe as TOML gives them (InputError when there is no such file or it is not TOML)."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         step = "fix the file or write a new one: qwen-quant init"
         raise InputError(f"cannot read the recipe {path}", str(error), step) from error
+
+
+def take_recipe(table: dict[str, Any], path: Path) -> Recipe:
+    """Take everything that every command knows out of `table`; what is left there is not a Recipe's."""
     run_table = table.get("run", {})
     if isinstance(run_table, dict) and "max_shard_size" in run_table:
         run_table["max_shard_size_bytes"] = parse_size(str(run_table.pop("max_shard_size")))
-    gptq = _section(table, "gptq", GPTQConfig, path)
-    calibration = _section(table, "calibration", CalibrationConfig, path)
-    run = _section(table, "run", RunConfig, path)
-    validation = _section(table, "validation", ValidationConfig, path)
-    gates = _section(table, "gates", GateConfig, path)
-    bnb = _section(table, "bnb", BnbConfig, path)
+    gptq = read_section(table, "gptq", GPTQConfig, path)
+    calibration = read_section(table, "calibration", CalibrationConfig, path)
+    run = read_section(table, "run", RunConfig, path)
+    validation = read_section(table, "validation", ValidationConfig, path)
+    gates = read_section(table, "gates", GateConfig, path)
+    bnb = read_section(table, "bnb", BnbConfig, path)
     model, out = table.pop("model", None), table.pop("out", None)
     for key, value in (("model", model), ("out", out)):
         if value is not None and not isinstance(value, str):
             raise InputError(f"{path}: {key} = {value!r} is not a string")
-    if table:
-        step = "known: model, out, [gptq], [bnb], [calibration], [run], [validation], [gates]"
-        raise InputError(f"{path}: unknown key '{next(iter(table))}'", next_step=step)
     return Recipe(model, out, gptq, calibration, run, validation, gates, bnb)
+
+
+def refuse_rest(table: dict[str, Any], path: Path) -> None:
+    """InputError for a key or table of a recipe that nothing took."""
+    if table:
+        step = "known: model, out, [gptq], [bnb], [calibration], [run], [validation], [gates], "
+        step += ", ".join(f"[{name}]" for name in RELEASE_TABLES)
+        raise InputError(f"{path}: unknown key '{next(iter(table))}'", next_step=step)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read `qwen-quant.toml`. Errors: InputError naming the file, the table and the key."""
+    table = read_toml(path)
+    recipe = take_recipe(table, path)
+    refuse_rest({key: value for key, value in table.items() if key not in RELEASE_TABLES}, path)
+    return recipe

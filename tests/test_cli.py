@@ -17,7 +17,21 @@ import pytest
 from qwen_quant import cli
 from qwen_quant.recipe import Recipe, load_recipe
 
-COMMANDS = ("gptq", "bnb", "validate", "compare", "profile", "convert", "inspect", "plan", "doctor", "init", "demo")
+COMMANDS = (
+    "gptq",
+    "bnb",
+    "validate",
+    "compare",
+    "profile",
+    "release",
+    "convert",
+    "export",
+    "inspect",
+    "plan",
+    "doctor",
+    "init",
+    "demo",
+)
 SCRIPT = Path(sys.executable).with_name("qwen-quant")
 
 

@@ -1,0 +1,1 @@
+"""The parts of `release`: its settings, what is remembered of finished stages, the stages, the plan."""
