@@ -124,9 +124,6 @@ def check_job(job: ReleaseJob) -> None:
     if job.until and job.until not in names:
         raise UsageError(f"--until {job.until}: there is no such stage", next_step=f"use one of {', '.join(names)}")
     check_repo(job.repo)
-    if _pushes(job) and not target(job):
-        step = "add repo to [release] or --repo ORG/NAME, or --no-push"
-        raise UsageError("there is no repository to push to", f"{job.recipe.path} does not name one", step)
 
 
 def target(job: ReleaseJob) -> str:
@@ -134,8 +131,10 @@ def target(job: ReleaseJob) -> str:
     return job.repo or job.recipe.release.repo
 
 
-def _pushes(job: ReleaseJob) -> bool:
-    return job.push and job.until in ("", "push")
+def _check_target(job: ReleaseJob) -> None:
+    if job.push and job.until in ("", "push") and not target(job):
+        step = "add repo to [release], or --repo ORG/NAME, or --no-push"
+        raise UsageError("there is no repository to push to", f"{job.recipe.path} does not name one", step)
 
 
 def run_release(job: ReleaseJob, progress: ProgressFn, announce: Announce) -> ReleaseResult:
@@ -147,6 +146,7 @@ def run_release(job: ReleaseJob, progress: ProgressFn, announce: Announce) -> Re
     Errors: UsageError and InputError before the first stage: a wrong job, or a work folder that is in use.
     """
     check_job(job)
+    _check_target(job)
     with locked(job.work):
         return _Run(job, progress, announce).to_the_end()
 

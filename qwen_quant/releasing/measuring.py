@@ -27,7 +27,7 @@ from qwen_quant.profiling.page import write_outputs
 from qwen_quant.profiling.results import FAILED, ProfileResult
 from qwen_quant.progress import ProgressFn
 from qwen_quant.releasing.records import Made, inputs_sha256
-from qwen_quant.releasing.stage import Context, Stage, always, artifact_name, plain, source_name
+from qwen_quant.releasing.stage import Context, Stage, always, artifact_name, plain, source_name, weights_stamp
 from qwen_quant.results import GateOutcome, Interval, ValidationResult, to_json
 
 MEASURED_FOLDER, REPORT_FOLDER, PROFILE_FOLDER = "measured", "report", "profile"
@@ -83,10 +83,9 @@ def _task_run(context: Context, work: Path) -> TaskRun | None:
 
 
 def _unfinished_folder(context: Context, inputs: dict[str, Any]) -> Path:
-    """Where finished rounds of these inputs are kept; rounds over files that were replaced are another comparison."""
-    files = [path for stage in ("download", quantizer(context)) for path in context.folder(stage).glob("*.safetensors")]
-    stats = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
-    return context.work / f"{_UNFINISHED}{inputs_sha256({**inputs, 'files': stats})[:12]}"
+    """Where finished rounds of these inputs are kept."""
+    stamp = weights_stamp([context.folder("download"), context.folder(quantizer(context))])
+    return context.work / f"{_UNFINISHED}{inputs_sha256({**inputs, 'files': stamp})[:12]}"
 
 
 def _validate(context: Context, inputs: dict[str, Any], progress: ProgressFn) -> Made:

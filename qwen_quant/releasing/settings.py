@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen_quant.checkpoint.reader import file_sha256
 from qwen_quant.errors import InputError
+from qwen_quant.export.formats import find_format
 from qwen_quant.profiling.protocol import ProfileConfig
 from qwen_quant.recipe import Recipe, parse_size, read_section, read_toml, refuse_rest, take_recipe
 
@@ -37,6 +38,7 @@ class ReleaseConfig:
         revision: branch to push to; "" is the default one.
         tag: tag for the commit; "" is none.
         card_language: "en", "zh" or "both".
+        base_model: the source's id on the Hub, for a model that is a local folder; "" is the model's own.
         licence: the licence that the source's card must name (e.g. "apache-2.0"); "" accepts any.
         profile: which models are profiled: "both", only the "artifact", or "none".
         override_gates: why failed gates are accepted; it is written into report and card. "" accepts none.
@@ -50,6 +52,7 @@ class ReleaseConfig:
     revision: str = ""
     tag: str = ""
     card_language: str = "en"
+    base_model: str = ""
     licence: str = ""
     profile: str = "both"
     override_gates: str = ""
@@ -61,6 +64,7 @@ class ReleaseConfig:
         _choice("card_language", self.card_language, LANGUAGES)
         _choice("profile", self.profile, PROFILED)
         check_repo(self.repo)
+        check_repo(self.base_model)
         if self.override_gates and not self.override_gates.strip():
             raise InputError("override_gates is blank", next_step="say why, or leave it out")
 
@@ -165,5 +169,10 @@ def _check_together(recipe: ReleaseRecipe) -> None:
         raise InputError(
             f"{path}: max_task_drop is set but no task is run", next_step="name tasks or a preset: [tasks]"
         )
+    for name in recipe.export.formats:
+        find_format(name)
+    if recipe.export.formats and release.kind != "gptq":
+        step = 'leave [export] out, or set kind = "gptq"'
+        raise InputError(f"{path}: formats has no meaning with kind {release.kind!r}", "only Int4 is re-encoded", step)
     if release.source == "modelscope" and "/" not in recipe.model:
         raise InputError(f"{path}: '{recipe.model}' is not a ModelScope id", next_step="write it as org/name@revision")

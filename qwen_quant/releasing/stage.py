@@ -88,6 +88,12 @@ def source_name(context: Context) -> str:
     return str(context.figure("download", "source_id")) + (f"@{revision}" if revision else "")
 
 
+def weights_stamp(folders: list[Path]) -> dict[str, list[int]]:
+    """[size, modification time] of every weight file: unfinished work over files that were replaced is other work."""
+    paths = sorted(path for folder in folders for path in folder.glob("*.safetensors"))
+    return {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+
 def always(context: Context) -> str:
     """`left_out` of a stage that every release has."""
     return ""
