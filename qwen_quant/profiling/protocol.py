@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from qwen_quant.errors import InputError, UsageError
 from qwen_quant.recipe import KV_CACHES
 
-
 DTYPES = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
 SWEEP_NEW_TOKENS = 1024  # of the published table by batch size
