@@ -224,7 +224,7 @@ def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
 AWQ = Format(
     name="awq",
     summary="AWQ, version gemm: 4 bits, consecutive groups, symmetric or not",
-    runtimes=("vLLM", "SGLang", "transformers + gptqmodel", "mlx-lm", "onnxruntime-genai's builder", "TensorRT-LLM"),
+    runtimes=("vLLM", "transformers + gptqmodel", "GPTQModel", "mlx-lm", "onnxruntime-genai (as input of its builder)"),
     extra="",
     check=_check,
     plan=_plan,

@@ -14,6 +14,7 @@ Codes and zeros are the library's signed values plus 2^(bits-1), which is what t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,9 @@ FORMAT = "pack-quantized"
 _NEEDED = ("weight_packed", "weight_scale", "weight_shape")
 _OPTIONAL = ("weight_zero_point", "weight_g_idx")
 _WORD_BITS = 32
+_ASYM_NOTE = (
+    "transformers 5.23 with compressed-tensors 0.18 loads asymmetric folders only with dequantize=True; vLLM loads them"
+)
 
 
 def to_compressed(weight: PackedRows, *, sym: bool) -> dict[str, Tensor]:
@@ -216,7 +220,8 @@ def compressed_config(source: ExportSource) -> dict[str, Any]:
 
 
 def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
-    return plan_folder(source, options, _ENCODING)
+    plan = plan_folder(source, options, _ENCODING)
+    return plan if source.facts.sym else replace(plan, notes=(_ASYM_NOTE,))
 
 
 def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
@@ -231,7 +236,7 @@ def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
 COMPRESSED_TENSORS = Format(
     name="compressed-tensors",
     summary="compressed-tensors, pack-quantized: 4 and 8 bits, consecutive groups, symmetric or not",
-    runtimes=("vLLM", "SGLang", "transformers + compressed-tensors"),
+    runtimes=("vLLM", "transformers + compressed-tensors"),
     extra="",
     check=_check,
     plan=_plan,

@@ -121,13 +121,19 @@ def _write_kept(source: ExportSource, writer: PlannedWriter, name: str, dtype: t
 def write_config(source: ExportSource, folder: Path, settings: dict[str, Any] | None, rest: str | None = None) -> None:
     """config.json with these quantization settings (None: a plain checkpoint) and, for a `rest`, its dtype.
 
-    `auto_map` goes: it names Python files, which are not carried.
+    `auto_map` goes: it names Python files, which are not carried. `rope_theta` also stands where older readers and
+    mlx-lm look for it; without it they take a default in silence.
     """
     dtype = None if rest is None else str(REST_DTYPES[rest]).removeprefix("torch.")
     config = {key: value for key, value in source.spec.config.items() if key not in ("auto_map", "quantization_config")}
-    for part in (config, config.get("text_config")):
-        if dtype is not None and isinstance(part, dict):
-            part.update({"dtype" if "dtype" in part else "torch_dtype": dtype})
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = dict(config["text_config"])
+    for part in (part for part in (config, config.get("text_config")) if isinstance(part, dict)):
+        theta = (part.get("rope_parameters") or {}).get("rope_theta")
+        if theta is not None:
+            part.setdefault("rope_theta", theta)
+        if dtype is not None:
+            part["dtype" if "dtype" in part else "torch_dtype"] = dtype
     if settings is not None:
         config["quantization_config"] = settings
     write_json_atomically(folder / "config.json", config)

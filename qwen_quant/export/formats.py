@@ -154,14 +154,17 @@ def find_format(name: str) -> Format:
     """The Format called `name`. Errors: UsageError that names the nearest one."""
     if name not in LOCATIONS:
         near = difflib.get_close_matches(name.lower(), LOCATIONS, n=1, cutoff=0.4)
-        step = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(
-            f"unknown format '{name}'", f"known formats: {', '.join(LOCATIONS)}", step + "--list shows all"
-        )
+        step = f"did you mean {near[0]}?" if near else "qwen-quant export ARTIFACT --list says what suits it"
+        raise UsageError(f"unknown format '{name}'", f"known formats: {', '.join(LOCATIONS)}", step)
     module, attribute = LOCATIONS[name].split(":")
     found = getattr(importlib.import_module(module), attribute)
     assert isinstance(found, Format)
     return found
+
+
+def all_formats() -> tuple[Format, ...]:
+    """Every Format of the table."""
+    return tuple(find_format(name) for name in LOCATIONS)
 
 
 def require(package: str, format_name: str, extra: str) -> ModuleType:

@@ -184,10 +184,10 @@ def _format(checkpoint_format: str, summary: str, runtimes: tuple[str, ...]) -> 
 GPTQ = _format(
     "gptq",
     "GPTQ as AutoGPTQ and GPTQModel write it (zero - 1): 2, 3, 4, 8 bits",
-    ("transformers", "GPTQModel", "AutoGPTQ", "vLLM (symmetric)", "SGLang", "ExLlama"),
+    ("transformers", "GPTQModel", "AutoGPTQ", "vLLM (symmetric, no act-order)"),
 )
 GPTQ_V2 = _format(
     "gptq_v2",
     "GPTQ with zeros as they are: 2, 3, 4, 8 bits, exact for a zero of 0 too",
-    ("GPTQModel", "vLLM (symmetric)"),
+    ("GPTQModel", "vLLM (symmetric, no act-order)"),
 )
