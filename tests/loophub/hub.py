@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class Hub:
         return kept | ours | ({"HF_TOKEN": token} if token else {})
 
     def add_repo(
-        self, repo_id: str, files: dict[str, bytes | Path], *, private: bool = False, gated: bool = False
+        self, repo_id: str, files: Mapping[str, bytes | Path], *, private: bool = False, gated: bool = False
     ) -> Commit:
         """A repository with these files in one commit on main."""
         with self._service.state.lock:
@@ -72,7 +72,7 @@ class Hub:
     def add_commit(
         self,
         repo_id: str,
-        files: dict[str, bytes | Path],
+        files: Mapping[str, bytes | Path],
         *,
         title: str = "Somebody else's commit",
         branch: str = "main",
@@ -83,6 +83,12 @@ class Hub:
             before = self._service.state.resolve(repo, branch)
             tree = (before.files if before else {}) | self._stored(files)
             return self._service.state.add_commit(repo, branch, title, "", tree)
+
+    def damage(self, repo_id: str, path: str) -> None:
+        """Change one byte of what is stored of main's file, its hashes staying what they were."""
+        commit = self._service.state.resolve(self._repository(repo_id), "main")
+        assert commit is not None
+        xet.damage(self._service, commit.files[path])
 
     def grant(self, repo_id: str) -> None:
         """The good token's user accepts a gated repository's terms."""
@@ -112,7 +118,7 @@ class Hub:
             raise KeyError(repo_id)
         return repo
 
-    def _stored(self, contents: dict[str, bytes | Path]) -> dict[str, Entry]:
+    def _stored(self, contents: Mapping[str, bytes | Path]) -> dict[str, Entry]:
         """Keep these contents and give their tree."""
         state, tree = self._service.state, {}
         for path, content in contents.items():
