@@ -56,6 +56,21 @@ class GroupedWeight:
         scales, zeros = (part.repeat_interleave(times, 1) for part in (self.scales, self.zeros))
         return GroupedWeight(self.codes, scales, zeros, group_size, self.in_features, self.order)
 
+    def filled(self, multiple: int) -> GroupedWeight:
+        """The same weight with its width a multiple of `multiple` (of which the group size is a multiple or divisor).
+
+        What is added are groups with scales of 0 and zeros of 8, so that a symmetric weight stays one.
+        """
+        missing = -self.width % multiple
+        if not missing:
+            return self
+        groups = missing // self.group_size
+        codes, scales, zeros = (
+            torch.nn.functional.pad(part, (0, size), value=value)
+            for part, size, value in ((self.codes, missing, 8), (self.scales, groups, 0), (self.zeros, groups, 8))
+        )
+        return GroupedWeight(codes, scales, zeros, self.group_size, self.in_features, self.order)
+
 
 def grouped_weight(weight: QuantizedWeight) -> GroupedWeight | None:
     """The weight with consecutive groups of one size, or None when its groups have sizes of their own.
