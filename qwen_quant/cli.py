@@ -31,12 +31,30 @@ from qwen_quant.commands.inspect import inspect
 from qwen_quant.commands.plan import plan
 from qwen_quant.commands.profile import profile
 from qwen_quant.commands.release import release
+from qwen_quant.commands.sign import sign
 from qwen_quant.commands.validate import validate
+from qwen_quant.commands.verify import verify
 from qwen_quant.console import close_stdout, show_error, write_line
 from qwen_quant.errors import InputError, Interrupted, QwenQuantError, UsageError
 from qwen_quant.process import tune_process
 
-COMMANDS = (gptq, bnb, convert, export, validate, compare, profile, release, inspect, plan, doctor, init, demo)
+COMMANDS = (
+    gptq,
+    bnb,
+    convert,
+    export,
+    validate,
+    compare,
+    profile,
+    verify,
+    sign,
+    release,
+    inspect,
+    plan,
+    doctor,
+    init,
+    demo,
+)
 DEBUG_VARIABLE = "QWEN_QUANT_DEBUG"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -24,6 +24,8 @@ COMMANDS = (
     "compare",
     "profile",
     "release",
+    "verify",
+    "sign",
     "convert",
     "export",
     "inspect",
