@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import struct
 import xml.dom.minidom
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from qwen_quant import cli, profile
 from qwen_quant.checkpoint.identity import weights_sha256
 from qwen_quant.errors import InputError, UsageError
 from qwen_quant.profile import Subject, measurement, profile_models
-from qwen_quant.profiling import child, memory, parent
+from qwen_quant.profiling import child, memory, parent, png
 from qwen_quant.profiling.energy import energy_meter, joules_between
 from qwen_quant.profiling.page import render_page, write_outputs
 from qwen_quant.profiling.protocol import Cell, ProfileConfig, parse_numbers, planned_cells
@@ -447,6 +448,26 @@ def test_plots_stand_alone_and_the_page_escapes(swept: ProfileResult, tmp_path: 
         assert drawing.tagName == "svg" and drawing.getElementsByTagName("polyline")
     odd = replace(swept, models=(replace(swept.models[0], name="<b>"), swept.models[1]))
     assert "<b>" not in render_page(odd, [])
+
+
+def test_png_files_show_the_same_plots(swept: ProfileResult, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    odd = replace(swept, measurements=tuple(replace(m, model="_$x$ <b>\x1b") for m in swept.measurements))
+    names = {path.name for path in write_outputs(odd, tmp_path / "out", png=True)}
+    drawn = sorted((tmp_path / "out").glob("*.png"))
+    assert {path.stem for path in drawn} == {path.stem for path in (tmp_path / "out").glob("*.svg")} and drawn
+    assert {path.name for path in drawn} < names
+    for path in drawn:
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG") and struct.unpack(">II", data[16:24]) == (1152, 672) and len(data) > 9000
+
+
+def test_png_without_matplotlib_names_the_extra(
+    fake_child: FakeChild, pair: list[Subject], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(png, "find_spec", lambda name: None)
+    assert cli.run(["profile", str(pair[0].folder), "--new-tokens", "5", "--png"]) == 3
+    assert "qwen-quant[plots]" in capsys.readouterr().err and not fake_child.requests and not Path("profile").exists()
 
 
 def test_published_figures_stand_beside_ours(swept: ProfileResult) -> None:

@@ -50,6 +50,7 @@ MemoryLimit = Annotated[
     typer.Option("--memory-limit", metavar="SIZE", help="out of memory beyond this, e.g. 16GB (what is free)"),
 ]
 ReportFolder = Annotated[Path, typer.Option("--report", metavar="DIR", help="where profile.json, .html and .svg go")]
+Png = Annotated[bool, typer.Option("--png", help="the plots as .png too (extra: plots)")]
 
 
 def profile(
@@ -66,6 +67,7 @@ def profile(
     threads: Threads = None,
     memory_limit: MemoryLimit = None,
     report: ReportFolder = Path(REPORT_FOLDER),
+    png: Png = False,
     force: options.Force = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -97,6 +99,10 @@ def profile(
         memory_limit_bytes=None if memory_limit is None else parse_size(memory_limit),
     )
     _check_place(report, force=force)
+    if png:
+        from qwen_quant.profiling.png import require_matplotlib
+
+        require_matplotlib()
     subjects = _subjects(models, output)
 
     from qwen_quant.profile import profile_models
@@ -104,7 +110,7 @@ def profile(
 
     with running(output) as progress:
         result = profile_models(subjects, config, progress)
-    written = write_outputs(result, report)
+    written = write_outputs(result, report, png=png)
     note(f"wrote {', '.join(str(path) for path in written)}", output)
     show(Report("profile", to_json(result), _parts(result)), output, _failure(result))
     if (failure := _failure(result)) is not None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qwen_quant.evaluation.report_numbers import escaped
 from qwen_quant.evaluation.report_style import STYLE
-from qwen_quant.profiling.plots import figures, standalone
+from qwen_quant.profiling.plots import charts, figures, standalone
+from qwen_quant.profiling.png import write_pngs
 from qwen_quant.profiling.results import ProfileResult, write_profile
 from qwen_quant.profiling.tables import TextTable, tables
 from qwen_quant.units import format_bytes, format_seconds
@@ -16,16 +17,21 @@ JSON_FILE, PAGE_FILE = "profile.json", "profile.html"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def write_outputs(result: ProfileResult, folder: Path) -> tuple[Path, ...]:
-    """Write the plots, the page and, last, profile.json into `folder` (made where absent); returns what was written."""
+def write_outputs(result: ProfileResult, folder: Path, *, png: bool = False) -> tuple[Path, ...]:
+    """Write the plots, the page and, last, profile.json into `folder` (made where absent); returns what was written.
+
+    `png` draws each plot as PNG too. Errors: InputError where that lacks matplotlib.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = figures(result)
+    shown = charts(result)
+    drawn = figures(shown)
     files = {f"{name}.svg": standalone(figure) for name, figure in drawn.items()}
     files[PAGE_FILE] = render_page(result, list(drawn.values()))
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+    pictures = write_pngs(shown, folder) if png else ()
     write_profile(result, folder / JSON_FILE)
-    return tuple(folder / name for name in (*files, JSON_FILE))
+    return (*(folder / name for name in files), *pictures, folder / JSON_FILE)
 
 
 def protocol_lines(result: ProfileResult) -> tuple[str, ...]:

@@ -1,12 +1,9 @@
-"""The plots of a profile as inline SVG (for the page) and as SVG files that stand alone.
-
-There are no PNG files: nothing in the standard library draws one, and every browser and office program reads SVG.
-"""
+"""The plots of a profile: what they show, as inline SVG for the page, and as SVG files that stand alone."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from qwen_quant.evaluation.report_plots import Chart, Series, line_chart
 from qwen_quant.evaluation.report_style import STYLE
@@ -17,8 +14,8 @@ _SVG = re.compile(r"<svg class=\"plot\".*?</svg>", re.DOTALL)
 Value = Callable[[Measurement], float | None]
 
 
-def figures(result: ProfileResult) -> dict[str, str]:
-    """File name without suffix -> <figure>, of every plot that has something to show."""
+def charts(result: ProfileResult) -> dict[str, Chart]:
+    """File name without suffix -> chart, of every plot that has something to show."""
     drawn = {
         "time-per-token": _latency(result),
         "memory-by-new-tokens": _sweep(result, "new_tokens", "new tokens", _gibibytes, "peak memory, GiB"),
@@ -26,7 +23,12 @@ def figures(result: ProfileResult) -> dict[str, str]:
         "speed-by-new-tokens": _sweep(result, "new_tokens", "new tokens", _speed, "tokens per second"),
         "speed-by-batch-size": _sweep(result, "batch_size", "rows", _speed, "tokens per second"),
     }
-    return {name: figure for name, figure in drawn.items() if figure}
+    return {name: chart for name, chart in drawn.items() if chart.series}
+
+
+def figures(found: Mapping[str, Chart]) -> dict[str, str]:
+    """File name without suffix -> <figure>."""
+    return {name: line_chart(chart) for name, chart in found.items()}
 
 
 def standalone(figure: str) -> str:
@@ -52,7 +54,7 @@ def _series(rows: Sequence[tuple[str, tuple[tuple[float, float], ...]]]) -> tupl
     return tuple(Series(name, _STYLES[i % len(_STYLES)], points) for i, (name, points) in enumerate(filled))
 
 
-def _latency(result: ProfileResult) -> str:
+def _latency(result: ProfileResult) -> Chart:
     """Milliseconds of a token against the tokens in the cache: the longest single-row cell of each model and cache."""
     chosen: dict[str, Measurement] = {}
     for m in result.measurements:
@@ -68,10 +70,10 @@ def _latency(result: ProfileResult) -> str:
         for name, m in chosen.items()
         if m.speed is not None
     ]
-    return line_chart(Chart("Time per token", "tokens in the cache", "milliseconds per token", _series(rows)))
+    return Chart("Time per token", "tokens in the cache", "milliseconds per token", _series(rows))
 
 
-def _sweep(result: ProfileResult, axis: str, x_label: str, value: Value, y_label: str) -> str:
+def _sweep(result: ProfileResult, axis: str, x_label: str, value: Value, y_label: str) -> Chart:
     """One curve for each model, cache and value of the other axis, over cells that differ in `axis` only."""
     other = "batch_size" if axis == "new_tokens" else "new_tokens"
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -87,6 +89,4 @@ def _sweep(result: ProfileResult, axis: str, x_label: str, value: Value, y_label
             name += f", context {m.cell.context_tokens}"
         curves.setdefault(name, []).append((float(getattr(m.cell, axis)), y))
     rows = [(name, tuple(sorted(points))) for name, points in curves.items() if len(points) > 1]
-    if not rows:
-        return ""
-    return line_chart(Chart(f"{y_label[0].upper()}{y_label[1:]} by {x_label}", x_label, y_label, _series(rows)))
+    return Chart(f"{y_label[0].upper()}{y_label[1:]} by {x_label}", x_label, y_label, _series(rows))
