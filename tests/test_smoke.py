@@ -68,7 +68,7 @@ def damaged(scripted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(scripted, tmp_path / "damaged"))
 
 
-def cases(baseline: Path, quantized: Path, **settings: int) -> dict[str, SmokeCase]:
+def cases(baseline: Path, quantized: Path, **settings: Any) -> dict[str, SmokeCase]:
     found = smoke_cases(WeightSource(baseline), WeightSource(quantized), CPU, no_progress, **settings)
     return {case.name: case for case in found}
 
