@@ -18,11 +18,11 @@ from qwen_quant.checkpoint.manifest import MANIFEST_FILE, SEALABLE, read_manifes
 from qwen_quant.checkpoint.reader import file_sha256
 from qwen_quant.data import bundled_path
 from qwen_quant.errors import InputError
-from qwen_quant.hub.download import ModelSource, resolve_model
+from qwen_quant.hub.download import DownloadJob, ModelSource, download_repo, parse_repo, resolve_model
 from qwen_quant.preparation import QuantizeJob, resolve_device
 from qwen_quant.progress import ProgressFn
 from qwen_quant.recipe import CalibrationConfig, RunConfig
-from qwen_quant.releasing.records import Made, inputs_sha256
+from qwen_quant.releasing.records import Made, inputs_sha256, read_record
 from qwen_quant.releasing.stage import Context, Stage, always, artifact_name, plain
 from qwen_quant.sequential import quantize_checkpoint
 from qwen_quant.units import format_bytes
@@ -54,15 +54,27 @@ def _download_inputs(context: Context) -> dict[str, Any]:
 
 
 def _download(context: Context, inputs: dict[str, Any], progress: ProgressFn) -> Made:
-    model = context.recipe.model
-    folder = local_source(model)
-    source = resolve_model(model) if folder is None else ModelSource(folder, folder.resolve().name, None)
+    source = _find_source(context, inputs, progress)
     folder, source_id, revision = source.path.absolute(), source.source_id, source.revision
     names = tuple(source_hashes(folder))
     size = sum((folder / name).stat().st_size for name in names)
     where = f"{source_id} at {revision}" if revision else source_id
     figures = {"source_id": source_id, "revision": revision, "bytes": size, "files": len(names)}
     return Made(folder, names, figures=figures, summary=f"{where}: {len(names)} files, {format_bytes(size)}")
+
+
+def _find_source(context: Context, inputs: dict[str, Any], progress: ProgressFn) -> ModelSource:
+    """The source's folder, fetched where it lies on a hub: at the commit that this release was begun with."""
+    model = context.recipe.model
+    folder = local_source(model)
+    if folder is not None:
+        return resolve_model(str(folder))
+    repo, revision = parse_repo(model)
+    earlier = read_record(context.work, "download")
+    if earlier is not None and earlier.inputs == inputs:
+        revision = earlier.figures["revision"]
+    done = download_repo(DownloadJob(repo, revision, context.recipe.release.source), progress)
+    return ModelSource(done.path, done.repo, done.commit)
 
 
 def _source(context: Context) -> dict[str, Any]:
