@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 DEMO_OUT ?= demo-out
+RELEASE_DEMO_OUT ?= release-demo
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PEER_VENV ?= .venv-peer
@@ -12,10 +13,11 @@ SHARED ?= ../shared
 BENCH ?= .bench
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv demo test lint bench interop clean
+.PHONY: help venv demo release-demo test lint bench interop clean
 
 help:
 	@echo "make demo     quantize the checkpoint shipped with the package and compare it with BF16"
+	@echo "make release-demo  the steps of the release workflow, pushed to a Hub on loopback"
 	@echo "make test     the default tests (CPU, offline)"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    side by side against peers (fetches the peer's own environment)"
@@ -33,12 +35,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(VENV)/bin/qwen-quant demo --out $(DEMO_OUT) --force
 
+release-demo: $(INSTALLED)
+	$(VENV)/bin/python scripts/release_demo.py --work $(RELEASE_DEMO_OUT)
+
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 $(PEER_VENV)/bin/python:
 	bash scripts/make_peer_venv.sh $(PEER_VENV) $(PYTHON)
@@ -57,4 +63,4 @@ interop: $(INSTALLED) $(PEER_VENV)/bin/python
 	QWEN_QUANT_PEER_PYTHON=$(abspath $(PEER_VENV))/bin/python $(VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(DEMO_OUT)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(DEMO_OUT) $(RELEASE_DEMO_OUT)
