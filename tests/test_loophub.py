@@ -6,12 +6,13 @@ import hashlib
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from tests.loophub import Hub, serve_hub
+from tests.loophub import Fault, FaultPlan, Hub, serve_hub, serve_modelscope
 
 Mode = Literal["lfs", "xet"]
 WEIGHTS = bytes(range(256)) * 400  # 100 KiB with zero bytes: large by its suffix
@@ -87,3 +88,244 @@ def test_what_a_test_puts_there_is_downloaded(tmp_path: Path, mode: Mode) -> Non
     assert printed[0] == f"206 bytes 1000-1009/{len(WEIGHTS)} {WEIGHTS[1000:1010].hex()}"
     sha256, blob_id = hashlib.sha256(WEIGHTS).hexdigest(), hashlib.sha1(b"blob 8\0" + b'{"a": 1}').hexdigest()
     assert printed[1] == f"{made.oid} ['{sha256}'] {blob_id}"
+
+
+@MODES
+def test_commits_guard_their_parent_and_land_on_branches_tags_and_pull_requests(tmp_path: Path, mode: Mode) -> None:
+    with serve_hub(tmp_path / "hub", mode=mode) as hub:
+        first = hub.add_repo("org/name", FILES).oid
+        hub.add_commit("org/name", {"README.md": b"other"}, title="Behind")
+        printed = client(
+            hub,
+            tmp_path,
+            f"""
+            from huggingface_hub.errors import HfHubHTTPError
+            def add(**more):
+                operation = CommitOperationAdd("new.safetensors", bytes(3000))
+                return api.create_commit("org/name", [operation], commit_message="Mine", **more)
+            try:
+                add(parent_commit={first!r})
+            except HfHubHTTPError as error:
+                print(error.response.status_code)
+            api.create_branch("org/name", branch="side", revision={first!r})
+            print(add(revision="side", parent_commit={first!r}).oid)
+            print(add(create_pr=True).pr_revision)
+            api.create_tag("org/name", tag="v1", revision="side")
+            refs = api.list_repo_refs("org/name", include_pull_requests=True)
+            print([b.name for b in refs.branches], [t.name for t in refs.tags], [p.ref for p in refs.pull_requests])
+            print([c.title for c in api.list_repo_commits("org/name", revision="side")])
+            print(sorted(f.path for f in api.list_repo_tree("org/name", revision="refs/pr/1", recursive=True)))
+            api.delete_files("org/name", ["config.json"], revision="side")
+            print([f.path for f in api.get_paths_info("org/name", ["config.json", "sub"], revision="side")])
+            api.delete_tag("org/name", tag="v1"); api.delete_branch("org/name", branch="side")
+            print(api.list_repo_refs("org/name").branches[0].target_commit)
+            """,
+        ).splitlines()
+        side = printed[1]
+        assert printed[0] == "412" and printed[2] == "refs/pr/1"
+        assert printed[3] == "['main', 'side'] ['v1'] ['refs/pr/1']"
+        assert printed[4] == "['Mine', 'initial commit']"
+        assert "new.safetensors" in printed[5] and "README.md" in printed[5]
+        assert printed[6] == "['sub']"
+        assert printed[7] == hub.commits("org/name")[0].oid
+        assert [commit.title for commit in hub.commits("org/name")] == ["Behind", "initial commit"]
+        assert hub.file_bytes("org/name", side, "new.safetensors") == bytes(3000)
+
+
+ATTEMPT = """
+    import huggingface_hub
+    try:
+        print(hf_hub_download({repo!r}, {path!r}, revision={revision!r}))
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "token", "expected"),
+    [
+        ("org/absent", "main", Hub.token, "RepositoryNotFoundError"),
+        ("org/absent", "main", None, "RepositoryNotFoundError"),
+        ("org/open", "absent", Hub.token, "RevisionNotFoundError"),
+        ("org/open", "main", "hf_" + "x" * 34, "Invalid credentials"),
+        ("org/open", "main", Hub.expired_token, "is expired"),
+        ("org/private", "main", Hub.token, "/config.json"),
+        ("org/private", "main", None, "RepositoryNotFoundError"),
+        ("org/private", "main", Hub.stranger_token, "RepositoryNotFoundError"),
+        ("org/gated", "main", None, "GatedRepoError"),
+        ("org/gated", "main", Hub.token, "GatedRepoError"),
+        ("org/granted", "main", Hub.token, "/config.json"),
+    ],
+)
+def test_who_may_read_what(
+    hub_of_doors: Hub, tmp_path: Path, repo: str, revision: str, token: str, expected: str
+) -> None:
+    code = ATTEMPT.format(repo=repo, path="config.json", revision=revision)
+    assert expected in client(hub_of_doors, tmp_path, code, token=token)
+
+
+@pytest.fixture(scope="module")
+def hub_of_doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A Hub with an open, a private, a gated repository, and a gated one whose terms were accepted."""
+    with serve_hub(tmp_path_factory.mktemp("doors"), mode="lfs") as hub:
+        hub.add_repo("org/open", FILES)
+        hub.add_repo("org/private", FILES, private=True)
+        hub.add_repo("org/gated", FILES, gated=True)
+        hub.add_repo("org/granted", FILES, gated=True)
+        hub.grant("org/granted")
+        yield hub
+
+
+def test_who_may_write_where(hub_of_doors: Hub, tmp_path: Path) -> None:
+    code = """
+        for repo in ("org/open", "foreign/new", "stranger/new"):
+            try:
+                print(repo, api.create_repo(repo, exist_ok=True))
+                print(api.upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id=repo).oid[:1])
+            except Exception as error:
+                print(type(error).__name__, error.response.status_code)
+    """
+    reading = client(hub_of_doors, tmp_path, code, token=Hub.read_token)
+    assert "HfHubHTTPError 403\nHfHubHTTPError 403\nHfHubHTTPError 403" in reading.replace(
+        "org/open " + hub_of_doors.endpoint + "/org/open\n", ""
+    )
+    good = client(hub_of_doors, tmp_path, code)
+    assert "HfHubHTTPError 403" in good and "stranger/new http" in good
+    assert not hub_of_doors.exists("foreign/new")
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [
+        (Fault("503", "GET /storage"), "HfHubHTTPError 503"),
+        (Fault("429", "GET /storage", retry_after_seconds=1), "whole"),
+        (Fault("close", "GET /storage"), "whole"),
+        (Fault("cut", "GET /storage"), "whole"),
+        (Fault("slow", "GET /storage", bytes_per_second=1 << 18), "whole"),
+        (Fault("flip", "GET /storage"), "other"),
+        (Fault("flip", "GET /api/resolve-cache"), "whole"),
+    ],
+)
+def test_faults_of_downloads(tmp_path: Path, fault: Fault, outcome: str) -> None:
+    """What huggingface_hub itself makes of each; a flipped byte it does not notice."""
+    with serve_hub(tmp_path / "hub", mode="lfs", faults=FaultPlan((fault,))) as hub:
+        hub.add_repo("org/name", FILES)
+        code = """
+            try:
+                content = pathlib.Path(hf_hub_download("org/name", "model.safetensors")).read_bytes()
+                print("whole" if content == bytes(range(256)) * 400 else "other")
+            except Exception as error:
+                print(type(error).__name__, error.response.status_code)
+        """
+        assert client(hub, tmp_path, code).strip() == outcome
+        assert hub.clock.happened() == (0 if "resolve-cache" in fault.match else 1)
+        ranges = [line.status for line in hub.log if line.path.startswith("/storage") and line.status]
+        assert ranges[-1] == (206 if fault.kind == "cut" else 503 if fault.kind == "503" else 200)
+
+
+@pytest.mark.parametrize(
+    ("fault", "commits"),
+    [
+        (Fault("503", "POST .*/commit/main"), 1),
+        (Fault("412", "POST .*/commit/main"), 1),
+        (Fault("close", "POST .*/commit/main"), 1),
+        (Fault("close-after", "POST .*/commit/main"), 2),
+        (Fault("cut", r"PUT .*/parts/\d+/2"), 2),
+        (Fault("close-after", r"POST /api/complete_multipart"), 2),
+        (Fault("flip", r"PUT .*/parts/\d+/2"), 1),
+    ],
+)
+def test_faults_of_uploads(tmp_path: Path, fault: Fault, commits: int) -> None:
+    """The work is done, or not, as the kind says; bytes that are not those of their name are never stored."""
+    with serve_hub(tmp_path / "hub", mode="lfs", faults=FaultPlan((fault,)), part_bytes=1 << 15) as hub:
+        hub.add_repo("org/name", {"config.json": b"{}"})
+        code = """
+            add = CommitOperationAdd("model.safetensors", bytes(range(256)) * 400)
+            api.create_commit("org/name", [add], commit_message="Mine")
+        """
+        client(hub, tmp_path, code, check=False)
+        assert hub.clock.happened() == 1
+        assert len(hub.commits("org/name")) == commits
+        if commits == 2:
+            assert hub.file_bytes("org/name", "main", "model.safetensors") == WEIGHTS
+
+
+def test_a_lost_reply_in_xet_mode_makes_the_client_commit_twice(tmp_path: Path) -> None:
+    """The duplicate that a push has to look for; and a damaged xorb is noticed or not, as hf_xet has it."""
+    folder = tmp_path / "up"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    plan = FaultPlan((Fault("close-after", "POST .*/commit/main"),))
+    with serve_hub(tmp_path / "hub", mode="xet", faults=plan) as hub:
+        hub.add_repo("org/name", {"config.json": b"{}"})
+        client(
+            hub, tmp_path, f'api.upload_folder(repo_id="org/name", folder_path={str(folder)!r}, commit_message="Up")'
+        )
+        assert [commit.title for commit in hub.commits("org/name")] == ["Up", "Up", "initial commit"]
+
+
+def test_cards_are_checked(tmp_path: Path) -> None:
+    with serve_hub(tmp_path / "hub", mode="lfs") as hub:
+        hub.add_repo("org/name", FILES)
+        code = """
+            for relation in ("quantized", "squeezed"):
+                card = f"---\\nlicense: mit\\nbase_model_relation: {relation}\\n---\\n# Card\\n".encode()
+                try:
+                    print(api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="org/name").oid)
+                except ValueError as error:
+                    print(error)
+        """
+        printed = client(hub, tmp_path, code)
+        assert hub.commits("org/name")[0].oid in printed and '"base_model_relation" must be one of' in printed
+
+
+def test_models_are_listed_and_a_stopped_server_comes_back_on_its_port(tmp_path: Path) -> None:
+    with serve_hub(tmp_path / "hub", mode="lfs") as hub:
+        hub.add_repo("org/Qwen-small", FILES)
+        hub.add_repo("other/else", FILES)
+        listing = (
+            'print([m.id for m in api.list_models(search="qwen")], [m.id for m in api.list_models(author="other")])'
+        )
+        assert client(hub, tmp_path, listing).strip() == "['org/Qwen-small'] ['other/else']"
+        port = int(hub.endpoint.rsplit(":", 1)[1])
+    with serve_hub(tmp_path / "hub", mode="lfs", port=port) as hub:
+        assert (
+            client(hub, tmp_path, "print(api.whoami()['name'], api.model_info('org/Qwen-small').sha[:1])").split()[0]
+            == "loop"
+        )
+
+
+def test_modelscope(tmp_path: Path) -> None:
+    """The two requests that a download makes; the token comes as a cookie or as a bearer."""
+    plan = FaultPlan((Fault("503", "FilePath=config.json"),))
+    with serve_modelscope(tmp_path / "ms", faults=plan) as server:
+        server.add_repo("Qwen/small", FILES)
+        server.add_repo("Qwen/closed", FILES, private=True)
+        code = """
+            import json, os, urllib.request, urllib.error
+            def get(path, **headers):
+                url = os.environ["MODELSCOPE_ENDPOINT"] + "/api/v1/models/" + path
+                try:
+                    with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as reply:
+                        return reply.status, reply.read()
+                except urllib.error.HTTPError as error:
+                    return error.code, error.read()
+            status, body = get("Qwen/small/repo/files?Revision=master&Recursive=True")
+            rows = [row for row in json.loads(body)["Data"]["Files"] if row["Type"] == "blob"]
+            print({row["Path"]: (row["Size"], row["Sha256"]) for row in rows})
+            name = "Qwen/small/repo?Revision=master&FilePath=config.json"
+            print(get(name)[0], get(name), get(name, Range="bytes=2-"))
+            closed = "Qwen/closed/repo/files?Revision=master&Recursive=True"
+            token = os.environ["MODELSCOPE_API_TOKEN"]
+            cookie = "m_session_id=" + token
+            print(get(closed)[0], get(closed, Cookie=cookie)[0], get(closed, Authorization="Bearer x")[0])
+            print(get("Qwen/absent/repo/files")[0], get("Qwen/small/repo?FilePath=../../closed.private")[0])
+        """
+        ran = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env=server.environment(tmp_path), capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+    listed, config, closed, absent = ran.stdout.splitlines()
+    assert listed == str({name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(FILES.items())})
+    assert config == """503 (200, b'{"a": 1}') (206, b'a": 1}')"""
+    assert closed == "404 200 401" and absent == "404 404"

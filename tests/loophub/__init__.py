@@ -7,5 +7,6 @@ MODELSCOPE_ENDPOINT) set; `hub.environment(home)` gives it.
 
 from tests.loophub.faults import Fault, FaultPlan
 from tests.loophub.hub import Hub, serve_hub
+from tests.loophub.modelscope import ModelScope, serve_modelscope
 
-__all__ = ["Fault", "FaultPlan", "Hub", "serve_hub"]
+__all__ = ["Fault", "FaultPlan", "Hub", "ModelScope", "serve_hub", "serve_modelscope"]
