@@ -24,6 +24,7 @@ from qwen_quant.commands.compare import compare
 from qwen_quant.commands.convert import convert
 from qwen_quant.commands.demo import demo
 from qwen_quant.commands.doctor import doctor
+from qwen_quant.commands.download import download
 from qwen_quant.commands.export import export
 from qwen_quant.commands.gptq import gptq
 from qwen_quant.commands.init import init
@@ -39,6 +40,7 @@ from qwen_quant.errors import InputError, Interrupted, QwenQuantError, UsageErro
 from qwen_quant.process import tune_process
 
 COMMANDS = (
+    download,
     gptq,
     bnb,
     convert,

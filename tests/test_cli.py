@@ -18,6 +18,7 @@ from qwen_quant import cli
 from qwen_quant.recipe import Recipe, load_recipe
 
 COMMANDS = (
+    "download",
     "gptq",
     "bnb",
     "validate",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from qwen_quant.console import Output, note
+from qwen_quant.console import Output, note, running
 from qwen_quant.errors import UsageError
 from qwen_quant.hub.download import ModelSource, resolve_model
 from qwen_quant.recipe import (
@@ -150,7 +150,8 @@ def required(value: str | None, name: str) -> str:
 
 def find_model(model: str, output: Output) -> ModelSource:
     """The folder of a model argument; says on stderr what is fetched from where."""
-    source = resolve_model(model, show_progress=output.interactive)
+    with running(output) as progress:
+        source = resolve_model(model, progress)
     if source.revision is not None:
         note(f"{source.source_id} at commit {source.revision}", output)
     return source
