@@ -2,8 +2,8 @@
 
 The evidence is qwen-quant.json (what was made, from what, how), report.json (how good), profile.json (how fast) and
 the headers of the weights. A report or profile names the weights it measured by `weights_sha256`; the manifest holds
-the hashes of the very files, so that the comparison reads no weight. Whether the files still are what the manifest says is
-the affair of `qwen-quant verify`.
+the hashes of the very files, so that the comparison reads no weight. Whether the files still are what the manifest
+says is the affair of `qwen-quant verify`.
 """
 
 from __future__ import annotations

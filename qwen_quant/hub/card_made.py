@@ -30,11 +30,12 @@ def source_link(facts: CardFacts) -> str:
 def intro_section(facts: CardFacts, language: str) -> list[str]:
     """What this is, and where its numbers come from."""
     files = [MANIFEST_FILE, *([JSON_FILE] if facts.report else []), *([PROFILE_FILE] if facts.profile else [])]
+    shown = [*(code(name) for name in files), say(language, "headers")]
     tool = f"qwen-quant {escape(facts.made.tool_version)}".strip()
     method = say(language, f"method_{facts.made.method}", bits=_bits(facts), scheme=scheme(facts, language))
     return [
         say(language, "intro", label=facts.label, base=source_link(facts), method=method),
-        say(language, "evidence", tool=tool, files=_list(language, [code(name) for name in files])),
+        say(language, "evidence", tool=tool, files=_list(language, shown)),
     ]
 
 
@@ -105,16 +106,16 @@ def _median(cell: CardCell) -> CardCell:
 def what_section(facts: CardFacts, language: str) -> list[str]:
     """Every kind of linear and every reason to keep a parameter, counted from the audit's records."""
     made, read = facts.made, facts.inspected
-    stored = (
-        f"{facts.label} ({scheme(facts, language)})" if isinstance(made.config, GPTQConfig) else scheme(facts, language)
-    )
+    grid = scheme(facts, language)
+    gptq = isinstance(made.config, GPTQConfig)
+    stored = say(language, "with", name=facts.label, detail=grid) if gptq else grid
     names = ", ".join(f"{code(kind)} x {count}" for kind, count in made.kinds)
     rows = [(say(language, "linears", names=names), str(made.quantized), stored)]
     kept = say(language, "kept_as")
     for reason, count in Counter(made.kept.values()).items():
         rows.append((escape(phrase(language, reason)), str(count), kept))
     columns = [say(language, key) for key in ("part", "count", "stored")]
-    parts = [f"## {say(language, 'what')}", table(columns, rows)]
+    parts = [f"## {say(language, 'what')}", table(columns, rows, 3)]
     counts = {"quantized": format_count(read.quantized_parameters), "all": format_count(read.parameters)}
     parts.append(say(language, "share", **counts))
     if made.experts:
@@ -208,7 +209,7 @@ def _shape_lines(facts: CardFacts, language: str) -> list[str]:
         say(language, "marlin", linears=_list(language, list(dict.fromkeys(names))), reason=escape(reason))
         for reason, names in marlin.items()
     ]
-    shown = say(language, "or").join(sorted(ranks, key=int))
+    shown = _list(language, sorted(ranks, key=int))
     return lines + ([say(language, "tensor_parallel", ranks=shown)] if ranks else [])
 
 

@@ -79,17 +79,14 @@ def _transformers(facts: CardFacts, language: str) -> list[str]:
 def snippet(facts: CardFacts, language: str) -> str:
     """A program that loads the artifact and generates one answer, through the chat template where there is one."""
     prompt = json.dumps(say(language, "prompt"), ensure_ascii=False)
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    stock = facts.model_type in STOCK_FAMILIES
-    lines += (
-        ["import qwen_quant" + ("  # leave this out where gptqmodel is installed" if stock else ""), ""]
-        if needs_import(facts)
-        else []
-    )
+    lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    remark = "  # leave this out where gptqmodel is installed" if facts.model_type in STOCK_FAMILIES else ""
+    lines += [f"import qwen_quant{remark}", ""] if needs_import(facts) else []
     lines += [
         f"name = {json.dumps(plain(facts.target), ensure_ascii=False)}",
         "tokenizer = AutoTokenizer.from_pretrained(name)",
-        'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")',
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=device)',
         "",
     ]
     if facts.has_chat_template:
@@ -164,8 +161,8 @@ def reproduce_section(facts: CardFacts, language: str) -> list[str]:
     made = facts.made
     parts = [
         f"### {say(language, 'reproduce')}",
-        fence("bash", reproduce_command(facts)),
         say(language, "reproduce_note"),
+        fence("bash", reproduce_command(facts)),
     ]
     if not HUB_ID.fullmatch(made.source_id):
         parts.append(say(language, "reproduce_source", sha256=weights_sha256_of(made.source_sha256)))

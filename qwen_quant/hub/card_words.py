@@ -38,6 +38,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Made with {tool}. Every number on this page is read from files in this repository: {files}.",
         "由 {tool} 生成。本页所有数字均取自本仓库中的文件：{files}。",
     ),
+    "headers": ("the headers of the weights", "权重文件头"),
+    "with": ("{name} ({detail})", "{name}（{detail}）"),
     "failed_title": ("Published although a quality gate failed", "质量门槛未全部通过，仍予发布"),
     "failed_reason": ("Reason given: {reason}", "理由：{reason}"),
     "failed_no_reason": ("No reason was given.", "未说明理由。"),
@@ -55,23 +57,29 @@ TEXTS: dict[str, tuple[str, str]] = {
     "use": ("How to use it", "使用方法"),
     "use_transformers": ("With transformers", "使用 transformers"),
     "use_gptq": (
-        "Either `pip install optimum gptqmodel`, or install qwen-quant and add `import qwen_quant`, which "
+        "`pip install accelerate`, and either `pip install optimum gptqmodel` or install qwen-quant and add "
+        "`import qwen_quant`, which "
         "brings its own "
         "kernels (CPU and GPU) and stands aside where gptqmodel is installed.",
-        "可以执行 `pip install optimum gptqmodel`；也可以安装 qwen-quant 并加上 `import qwen_quant`，"
+        "先执行 `pip install accelerate`，再执行 `pip install optimum gptqmodel`；也可以改为安装 qwen-quant "
+        "并加上 `import qwen_quant`，"
         "它自带 CPU 与 GPU 内核，检测到 gptqmodel 时会自动让位。",
     ),
     "use_gptq_own": (
-        "Install qwen-quant and keep the line `import qwen_quant`: it gives transformers what this architecture "
+        "`pip install accelerate`, install qwen-quant and keep the line `import qwen_quant`: it gives "
+        "transformers what this architecture "
         "needs to "
         "read packed weights.",
-        "请安装 qwen-quant 并保留 `import qwen_quant` 这一行：它为 transformers 补上读取该架构打包权重所需的部分。",
+        "请执行 `pip install accelerate`，安装 qwen-quant 并保留 `import qwen_quant` 这一行：它为 transformers "
+        "补上读取该架构打包权重所需的部分。",
     ),
     "use_qwen1": (
-        "Install qwen-quant and keep the line `import qwen_quant`: it registers first-generation Qwen with "
+        "`pip install accelerate`, install qwen-quant and keep the line `import qwen_quant`: it registers "
+        "first-generation Qwen with "
         "transformers. "
         "No remote code is run.",
-        "请安装 qwen-quant 并保留 `import qwen_quant` 这一行：它会向 transformers 注册第一代 Qwen 的模型类，"
+        "请执行 `pip install accelerate`，安装 qwen-quant 并保留 `import qwen_quant` 这一行：它会向 "
+        "transformers 注册第一代 Qwen 的模型类，"
         "无需执行远程代码。",
     ),
     "use_bnb": ("`pip install bitsandbytes accelerate`", "`pip install bitsandbytes accelerate`"),
@@ -199,7 +207,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Measured on {device} ({where}), activations in {dtype}, {versions}.",
         "测试环境：{device}（{where}），激活精度 {dtype}，{versions}。",
     ),
-    "threads": ("{threads} threads", "{threads} 线程"),
+    "threads": ("CPU threads: {threads}", "CPU 线程数 {threads}"),
     "gpu": ("GPU", "GPU"),
     "kernel": ("Kernel of the {label} row: {kernel}.", "{label} 所用内核：{kernel}。"),
     "extrapolated": (
@@ -261,7 +269,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "versions": ("versions", "软件版本"),
     "reproduce": ("Reproduce it", "复现"),
     "reproduce_note": (
-        "This command gives these weights again; on the same kind of machine with the same versions, the same bytes.",
+        "The command that gives these weights again; on the same kind of machine with the same versions the same "
+        "bytes.",
         "执行以下命令即可重新得到这份权重；在同类机器和相同软件版本下，结果逐字节一致。",
     ),
     "reproduce_source": (
@@ -304,7 +313,6 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Tensor parallelism over {ranks} GPUs does not split these weights evenly.",
         "张量并行数为 {ranks} 时，这些权重无法均匀切分到各 GPU。",
     ),
-    "or": (" or ", " 或 "),
     "warnings": ("Noted while measuring or quantizing:", "量化与评测过程中的提示（工具原文）："),
     # Provenance
     "provenance": ("Provenance and licence", "来源与许可证"),
