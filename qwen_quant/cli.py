@@ -20,6 +20,7 @@ import typer
 
 from qwen_quant import __version__
 from qwen_quant.commands.bnb import bnb
+from qwen_quant.commands.card import card
 from qwen_quant.commands.compare import compare
 from qwen_quant.commands.convert import convert
 from qwen_quant.commands.demo import demo
@@ -48,6 +49,7 @@ COMMANDS = (
     validate,
     compare,
     profile,
+    card,
     verify,
     sign,
     release,

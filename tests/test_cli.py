@@ -24,6 +24,7 @@ COMMANDS = (
     "validate",
     "compare",
     "profile",
+    "card",
     "release",
     "verify",
     "sign",
