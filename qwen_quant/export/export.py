@@ -16,7 +16,7 @@ from typing import Any
 from qwen_quant.checkpoint.identity import weights_sha256
 from qwen_quant.checkpoint.manifest import MANIFEST_FILE, copy_companions, versions, write_manifest
 from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
-from qwen_quant.errors import InputError, UsageError
+from qwen_quant.errors import AuditError, InputError, UsageError
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Target, find_format, require
 from qwen_quant.export.source import ExportSource
 from qwen_quant.export.verify import Verification, judge, verify
@@ -68,7 +68,7 @@ class ExportResult:
         proof: what reading back found; read_with: by which library.
         dropped: tensors of the source that OUT does not have, with the reason.
         source_sha256: `checkpoint.identity.weights_sha256` of the source.
-        source_bytes, output_bytes: of the weight files.
+        source_bytes: of the source's tensors; output_bytes: of all files of OUT but the manifest.
         write_seconds, verify_seconds: of these two stages; seconds: of everything.
         left_behind: files of the source that are not in OUT.
     """
@@ -208,6 +208,18 @@ def _write(ready: _Ready, progress: ProgressFn) -> list[str]:
     return [name for name in left if not (ready.work.artifact / name).exists() and name != MANIFEST_FILE]
 
 
+def _proved(ready: _Ready, progress: ProgressFn) -> Verification:
+    """Read back and compare. After an AuditError the same command writes everything again."""
+    try:
+        pieces = ready.format.read_back(ready.work.artifact, ready.source)
+        proof = verify(ready.source, pieces, ready.plan, progress)
+        judge(proof, ready.reasons, ready.job.rest)
+    except AuditError:
+        ready.work.commit({})
+        raise
+    return proof
+
+
 def _output_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -248,9 +260,7 @@ def export_artifact(job: ExportJob, progress: ProgressFn) -> ExportResult:
         sha256 = hasher.submit(weights_sha256, job.artifact)
         left = _write(ready, progress)
         written = time.perf_counter()
-        pieces = ready.format.read_back(ready.work.artifact, ready.source)
-        proof = verify(ready.source, pieces, ready.plan, progress)
-        judge(proof, ready.reasons, job.rest)
+        proof = _proved(ready, progress)
         verified = time.perf_counter()
         progress("hashing the source", 0, 1)
         result = _result(ready, proof, left, sha256, (started, written, verified))

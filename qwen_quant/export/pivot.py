@@ -17,7 +17,7 @@ from torch import Tensor
 from qwen_quant.gptq import QuantizedWeight
 from qwen_quant.packing import _pack_rows, _unpack_rows
 
-_CHUNK_CODES = 1 << 22
+_CHUNK_CODES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def unpack_codes(stream: Tensor, bits: int) -> Tensor:
 
 
 def row_slices(rows: int, columns: int) -> list[slice]:
-    """Slices of rows of about 4 million values each, so that temporaries are small and stay in the cache."""
+    """Slices of rows of about a million values each, so that temporaries are small and stay in the cache."""
     step = max(1, _CHUNK_CODES // max(columns, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -95,3 +95,12 @@ def row_slices(rows: int, columns: int) -> list[slice]:
 def consecutive_groups(in_features: int, groups: int) -> Tensor:
     """g_idx int32 [in] of `groups` equal groups of consecutive columns (in_features is a multiple of groups)."""
     return torch.arange(in_features, dtype=torch.int32) // (in_features // groups)
+
+
+def dequantized(weight: QuantizedWeight) -> Tensor:
+    """FP32 [out, in], the numbers of `QuantizedWeight.dequantized`, several times faster for consecutive groups."""
+    (rows, columns), groups = weight.codes.shape, weight.scales.shape[1]
+    if columns % groups or not torch.equal(weight.g_idx, consecutive_groups(columns, groups)):
+        return weight.dequantized()
+    values = weight.codes.float().view(rows, groups, -1)
+    return values.sub_(weight.zeros.float()[:, :, None]).mul_(weight.scales.float()[:, :, None]).view(rows, columns)

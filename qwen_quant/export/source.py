@@ -23,7 +23,7 @@ from qwen_quant.errors import InputError
 from qwen_quant.export.awq import AwqLayout
 from qwen_quant.export.compressed_tensors import CompressedLayout
 from qwen_quant.export.gptq import GptqLayout
-from qwen_quant.export.pivot import LinearGrid, PackedRows
+from qwen_quant.export.pivot import LinearGrid, PackedRows, dequantized
 from qwen_quant.export.rows import stored_rows
 from qwen_quant.gptq import QuantizedWeight
 from qwen_quant.models.skeleton import expected_tensors, meta_model
@@ -162,7 +162,7 @@ class ExportSource:
         """FP32 [rows, in]: rows start..stop of what linear `name` means, exactly."""
         whole, rows = self.quantized(name), slice(start, stop)
         part = QuantizedWeight(whole.codes[rows], whole.scales[rows], whole.zeros[rows], whole.g_idx)
-        return part.dequantized()
+        return dequantized(part)
 
     def kept_rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop (dimension 0) of kept tensor `name`, as stored, without reading the others."""
@@ -178,6 +178,12 @@ class ExportSource:
         linears = set(self.linears)
         for name, shape in expected.items():
             base = name.removesuffix(".weight")
+            if base not in linears and name not in self.reader and self.layout.suffixes(base):
+                raise InputError(
+                    f"{self.folder}: '{base}' is quantized",
+                    "only the linears inside the blocks can be exported",
+                    "quantize again without the head: qwen-quant gptq MODEL OUT",
+                )
             if base in linears:
                 if name in self.reader:
                     raise InputError(f"{self.folder} holds '{name}' both packed and plain", next_step="fetch it again")
