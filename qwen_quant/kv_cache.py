@@ -332,8 +332,12 @@ def cache_nbytes(cache: Cache) -> int:
 
 
 def cache_capacity(cache: Cache) -> int:
-    """Tokens a row that a cache has room for now: those of its codes, spare ones included, or those it holds."""
+    """Tokens a row that a cache has room for now, spare ones included."""
     held = [part.shape[2] for layer in cache.layers if isinstance(layer, Int8Layer) for part in layer.stores[0].parts]
+    plain = [
+        keys for layer in cache.layers if isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.numel()
+    ]
+    held += [keys.untyped_storage().nbytes() * keys.shape[2] // keys.nbytes for keys in plain]
     return max(held) if held else int(cache.get_seq_length())
 
 

@@ -42,7 +42,10 @@ MaxSeconds = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="where to run")]
 Dtype = Annotated[
-    Literal["bf16", "fp16", "fp32"], typer.Option("--dtype", help="of activations and of weights that are not packed")
+    Literal["auto", "bf16", "fp16", "fp32"],
+    typer.Option(
+        "--dtype", help="of activations and dense weights; auto: BF16, packed models what the hardware multiplies"
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="of the CPU (torch's choice)")]
 MemoryLimit = Annotated[
@@ -63,7 +66,7 @@ def profile(
     warmup_tokens: Warmup = 8,
     max_seconds: MaxSeconds = None,
     device: Device = "auto",
-    dtype: Dtype = "bf16",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     memory_limit: MemoryLimit = None,
     report: ReportFolder = Path(REPORT_FOLDER),

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from qwen_quant.environment import memory_bytes
 from qwen_quant.errors import QwenQuantError
-from qwen_quant.kv_cache import cache_capacity, cache_nbytes, make_cache
+from qwen_quant.kv_cache import PLAIN, cache_capacity, cache_nbytes, make_cache
 from qwen_quant.process import tune_process
 from qwen_quant.profiling.energy import energy_meter, joules_between
 from qwen_quant.profiling.memory import (
@@ -38,11 +38,13 @@ from qwen_quant.profiling.results import FAILED, MEASURED, OOM
 from qwen_quant.profiling.roofline import read_bandwidth, synchronize
 from qwen_quant.profiling.timing import Timing, time_generation
 from qwen_quant.results import to_json
+from qwen_quant.runtime.decode import filled_storage, preallocated_cache
 from qwen_quant.runtime.loading import WeightSource, load_model
+from qwen_quant.runtime.native_step import NativeStep, refusal
 from qwen_quant.runtime.quantized_model import bytes_per_token, load_quantized
 
 ERROR = "error"
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SEED = 0
 
 
@@ -63,14 +65,31 @@ class Run:
 
 
 class Generation:
-    """Greedy decoding of one batch, one call a token; every call returns when the device is done."""
+    """Greedy decoding of one batch, one call a token; every call returns when the device is done.
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, kv_cache: str) -> None:
+    With the plain cache, models that the native step takes run through it, as in `runtime.decode`.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, kv_cache: str, new_tokens: int) -> None:
         self.model, self.next = model, ids
-        self.cache: Cache = make_cache(model.config, kv_cache)
+        self.takes_native = kv_cache == PLAIN and not refusal(model, ids.shape[0])
+        self.cache: Cache = (
+            preallocated_cache(model, ids.shape[1] + new_tokens)
+            if self.takes_native
+            else make_cache(model.config, kv_cache)
+        )
+        self.native: NativeStep | None = None
+        self.position = 0
 
     def step(self) -> None:
         """Feed what is new, take the most likely token of each row; no stop token ends it."""
+        start, self.position = self.position, self.position + self.next.shape[1]
+        if self.takes_native and start:
+            if self.native is None:
+                assert isinstance(self.cache, DynamicCache)
+                self.native = NativeStep(self.model, filled_storage(self.cache))
+            self.next = torch.tensor([[self.native(int(self.next), start)]])
+            return
         with torch.inference_mode():
             logits = self.model(self.next, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
             self.next = logits[:, -1].argmax(-1, keepdim=True)
@@ -84,13 +103,23 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", 0) if wanted != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_for_profile(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
-    """The model as it would be served, and what multiplies its weights: packed for GPTQ, dense for everything else."""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def load_for_profile(folder: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, str]:
+    """The model as it would be served, and what multiplies its weights: packed for GPTQ, dense for everything else.
+
+    Without a dtype packed models compute in what the hardware multiplies (FP32 on a CPU without BF16), dense in BF16.
+    """
     source = WeightSource(folder)
     if source.packed is not None:
         model = load_quantized(folder, device, dtype)
-        return model, model.kernel_report.summary()
-    said = f"dense {str(dtype).removeprefix('torch.')}"
+        step = refusal(model, 1)
+        steps = f"steps by transformers: {step}" if step else "steps of one row with the plain cache: native"
+        return model, f"{model.kernel_report.summary()}; activations {_name(model.dtype)}; {steps}"
+    dtype = dtype or torch.bfloat16
+    said = f"dense {_name(dtype)}"
     if source.is_quantized:
         said += f" ({source.kind} dequantized at load: no packed kernel here)"
     return load_model(folder, device, dtype), said
@@ -133,19 +162,19 @@ def measure(folder: Path, cell: Cell, settings: dict[str, Any]) -> dict[str, Any
 
 def warm_up(model: PreTrainedModel, ids: Tensor, cell: Cell, tokens: int) -> None:
     """One short generation of the same shape: a short context where there is one, so that no peak comes from here."""
-    generation = Generation(model, ids[:, : max(1, min(ids.shape[1], tokens))], cell.kv_cache)
+    generation = Generation(model, ids[:, : max(1, min(ids.shape[1], tokens))], cell.kv_cache, tokens)
     for _ in range(min(tokens, cell.new_tokens)):
         generation.step()
 
 
 def run(model: PreTrainedModel, ids: Tensor, cell: Cell, max_seconds: float | None) -> Run:
     """One timed generation with a new cache."""
-    generation, meter = Generation(model, ids, cell.kv_cache), energy_meter(ids.device)
+    generation, meter = Generation(model, ids, cell.kv_cache, cell.new_tokens), energy_meter(ids.device)
     before = meter.read()
     timing = time_generation(generation.step, generation.step, cell.new_tokens, time.perf_counter, max_seconds)
     joules = joules_between(before, meter.read())
     cache = generation.cache
-    return Run(timing, joules, cache_nbytes(cache), cache_capacity(cache), int(cache.get_seq_length()))
+    return Run(timing, joules, cache_nbytes(cache), cache_capacity(cache), generation.position)
 
 
 def _device_used(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from qwen_quant.errors import InputError, UsageError
 from qwen_quant.recipe import KV_CACHES
 
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPES = ("auto", "bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
 SWEEP_NEW_TOKENS = 1024  # of the published table by batch size
 SWEEP_BATCH_SIZE = 1  # of the published table by generated length
@@ -50,7 +50,8 @@ class ProfileConfig:
         runs: timed generations of each cell; figures are their median.
         warmup_tokens: tokens generated before the clock starts (0: none).
         max_seconds: what the timed runs of one cell may take together; a run that is cut is extrapolated. None: any.
-        device: "auto", "cpu" or "cuda". dtype: of weights that are not packed, and of activations.
+        device: "auto", "cpu" or "cuda". dtype: of dense weights and of activations; "auto":
+            BF16, and for packed models what the hardware multiplies (FP32 on a CPU without BF16 instructions).
         threads: of the CPU; None: torch's own choice.
         memory_limit_bytes: what one measurement may allocate; None: what is free when it starts (CPU only).
     """
@@ -63,7 +64,7 @@ class ProfileConfig:
     warmup_tokens: int = 8
     max_seconds: float | None = None
     device: str = "auto"
-    dtype: str = "bf16"
+    dtype: str = "auto"
     threads: int | None = None
     memory_limit_bytes: int | None = None
 

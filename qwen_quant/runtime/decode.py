@@ -4,7 +4,7 @@
 transformers' dynamic cache copies all keys and values of a layer for every token (concatenation), its static cache
 attends to the whole capacity under a mask. Here keys and values live in storage of the final length and attention sees
 the filled part of it, so no token copies what is there and none needs a mask. With torch.compile, which needs shapes
-that stay, the static cache is used.
+that stay, the static cache is used. Where `native_step` takes the model, one native call does a whole step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from qwen_quant.errors import UsageError
+from qwen_quant.runtime.native_step import NativeStep, refusal
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Decoded:
         decode_seconds: time of the others.
         token_seconds: time of each of the others.
         compile_seconds: time of the steps that compiled (two are run beforehand, on a cache of their own); 0 without.
+        step: what ran the steps: "native", "torch.compile", or "transformers (why not native)".
     """
 
     tokens: Tensor
@@ -39,6 +41,7 @@ class Decoded:
     decode_seconds: float
     token_seconds: tuple[float, ...]
     compile_seconds: float
+    step: str
 
     @property
     def tokens_per_second(self) -> float:
@@ -131,21 +134,35 @@ def decode(
         )
     capacity = ids.shape[1] + new_tokens
     with torch.inference_mode():
+        why_not = "torch.compile" if compiled else refusal(model, ids.shape[0])
         step, compile_seconds = model.forward, 0.0
         if compiled:
             step, compile_seconds = _compiled_step(model, ids, capacity)
         cache = StaticCache(model.config, max_cache_len=capacity) if compiled else preallocated_cache(model, capacity)
         started = time.perf_counter()
         token = _next_token(model.forward, ids, cache, 0)
+        native = None if why_not else NativeStep(model, filled_storage(cache))
         tokens, times = [token], [time.perf_counter()]
         for count in range(1, new_tokens):
-            token = _next_token(step, token, cache, ids.shape[1] + count - 1)
+            position = ids.shape[1] + count - 1
+            if native is None:
+                token = _next_token(step, token, cache, position)
+            else:
+                token = torch.tensor([[native(int(token), position)]])
             tokens.append(token)
             times.append(time.perf_counter())
             if on_token is not None:
                 on_token(count + 1)
     each = tuple(after - before for before, after in zip(times, times[1:], strict=False))
-    return Decoded(torch.cat(tokens, 1), times[0] - started, times[-1] - times[0], each, compile_seconds)
+    ran = "torch.compile" if compiled else f"transformers ({why_not})" if why_not else "native"
+    return Decoded(torch.cat(tokens, 1), times[0] - started, times[-1] - times[0], each, compile_seconds, ran)
+
+
+def filled_storage(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """The storage of every layer of a preallocated cache that has been fed a prompt."""
+    layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer) and layer.storage is not None]
+    assert len(layers) == len(cache.layers)
+    return [layer.storage for layer in layers if layer.storage is not None]
 
 
 def _next_token(step: Callable[..., Any], ids: Tensor, cache: Any, position: int) -> Tensor:

@@ -1,7 +1,7 @@
 """A 4-bit kernel for processors with AVX2, compiled once on this machine from native.c where there is a C compiler.
 
-torch's own packed kernel streams 4 GB/s of weights per core on AVX2 (it is made for AVX512), this one 16. The library is
-kept in the user's cache folder under a name made of the source, the flags and the compiler, so it is compiled once:
+torch's own packed kernel streams 4 GB/s of weights per core on AVX2 (it is made for AVX512), this one 16. The library
+is kept in the user's cache folder under a name made of the sources, the flags and the compiler, so it is compiled once:
 about a second.
 """
 
@@ -25,7 +25,8 @@ from qwen_quant.runtime.kernels.base import UNEVEN, Kernel, LinearFacts
 from qwen_quant.runtime.kernels.weights import GroupedWeight, largest_divisor
 
 GROUP_SIZES = (32, 64, 128, 256)
-SOURCE = Path(__file__).with_name("native.c")
+SOURCE = Path(__file__).with_name("native_step.c")  # which includes the others
+SOURCES = (SOURCE, SOURCE.with_name("native.c"))
 FLAGS = ("-O3", "-std=gnu11", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_SECONDS = 120
@@ -64,14 +65,19 @@ def _compiler() -> str:
 def _build() -> Path:
     """Path of the compiled library, compiled now if it is not there (NativeUnavailable when that fails)."""
     compiler = _compiler()
-    identity = [SOURCE.read_bytes(), " ".join(FLAGS).encode(), compiler.encode(), torch.__version__.encode()]
+    identity = [
+        *(path.read_bytes() for path in SOURCES),
+        " ".join(FLAGS).encode(),
+        compiler.encode(),
+        torch.__version__.encode(),
+    ]
     digest = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
     target = _cache_folder() / f"native-{digest}.so"
     if target.exists():
         return target
     with tempfile.TemporaryDirectory(dir=target.parent) as place:
         made = Path(place) / target.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -100,6 +106,7 @@ def library() -> ctypes.CDLL:
     loaded.product.argtypes = [*[_POINTER] * 5, *[_SIZE] * 4, _INT]
     loaded.dequantize.argtypes = [*[_POINTER] * 4, *[_SIZE] * 3, _INT]
     loaded.bf16_product.argtypes = [*[_POINTER] * 3, *[_SIZE] * 3, _INT]
+    loaded.decode_step.argtypes = [_POINTER, _SIZE, _SIZE, _INT]
     _operators()
     loaded.dequantize.restype = loaded.bf16_product.restype = None
     return loaded
@@ -157,7 +164,7 @@ def _operators() -> torch.library.Library:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """uint8 codes [out, width] -> [out, width / 2]: bytes 2j, 2j + 1 of 64 codes hold codes j, j + 16, j + 32, j + 48."""
+    """uint8 codes [out, width] -> [out, width / 2]: bytes 2j, 2j + 1 of 64 hold codes j, j + 16, j + 32, j + 48."""
     quarters = codes.unflatten(1, (-1, 2, 2, LANES))
     return (quarters[:, :, :, 0] | quarters[:, :, :, 1] << 4).transpose(2, 3).flatten(1)
 
