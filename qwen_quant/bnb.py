@@ -17,6 +17,10 @@ Double quantization stores the absmax as 8-bit indices too, in blocks of their o
 
 8 bit.  codes int8 [out, in] and SCB FP32 [out], the largest magnitude of each row: value = code * SCB / 127.
 
+Routed experts lie under names of their own, as in 16-bit checkpoints; a loader that would stack them must not succeed.
+Packed 4-bit weights cannot be stacked into its shapes. 8-bit codes could, and would then be taken for weights, so those
+of an expert are stored in the 4-bit form, int8 [out * in, 1] (`is_expert`).
+
 Quantizing gives the bytes of bitsandbytes 0.50's own CPU kernels (tests/test_bnb_convert.py, tests/golden/bnb):
 - 4 bit: x = value * (1 / absmax), then the nearest table entry, which is the number of midpoints below x. Comparing
   with each of the 15 midpoints in turn is vectorised, and 2.7 times as fast as a search for each value.
@@ -356,6 +360,17 @@ def tensors_4bit(weight: Quantized4bit) -> dict[str, Tensor]:
     return tensors
 
 
-def tensors_int8(codes: Tensor, scb: Tensor) -> dict[str, Tensor]:
-    """What lies on disk for a linear in 8 bit, by the suffix of its name; weight_format 0 means plain rows."""
-    return {"weight": codes, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+def is_expert(name: str) -> bool:
+    """Whether a linear (or a tensor of it) belongs to a routed expert."""
+    return ".mlp.experts." in name
+
+
+def int8_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stored shape of the codes of linear `name` [out, in]: an expert's are [out * in, 1]."""
+    return (math.prod(shape), 1) if is_expert(name) else shape
+
+
+def tensors_int8(name: str, codes: Tensor, scb: Tensor) -> dict[str, Tensor]:
+    """What lies on disk for linear `name` in 8 bit, by the suffix of its name; weight_format 0 means plain rows."""
+    stored = codes.view(int8_shape(name, codes.shape))
+    return {"weight": stored, "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}

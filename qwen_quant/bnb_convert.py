@@ -115,15 +115,14 @@ def _offsets(ready: Ready, state: dict[str, Any], progress: ProgressFn) -> dict[
 
 def _quantized(ready: Ready, name: str, offset: float | None) -> dict[str, Tensor]:
     """The tensors of one linear by full name."""
-    config, weight = ready.job.bnb, _weight(ready, name)
+    config, weight, base = ready.job.bnb, _weight(ready, name), name.removesuffix(".weight")
     if config.quant_type == "int8":
-        tensors = tensors_int8(*quantize_int8(weight))
+        tensors = tensors_int8(base, *quantize_int8(weight))
     else:
         double = config.double_quant
         tensors = tensors_4bit(
             quantize_4bit(weight, config.quant_type, config.block_size, double_quant=double, offset=offset)
         )
-    base = name.removesuffix(".weight")
     return {f"{base}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
@@ -167,10 +166,10 @@ def _write_all(
 
 def _dense(ready: Ready, name: str, tensors: dict[str, Tensor]) -> Tensor:
     """FP32 weight of a linear's tensors as they were read back."""
-    config, base = ready.job.bnb, name.removesuffix(".weight")
+    config, base, shape = ready.job.bnb, name.removesuffix(".weight"), ready.reader.info(name).shape
     if config.quant_type == "int8":
-        return dequantize_int8(tensors[name], tensors[f"{base}.SCB"])
-    shape, nested = ready.reader.info(name).shape, None
+        return dequantize_int8(tensors[name].view(shape), tensors[f"{base}.SCB"])
+    nested = None
     if config.double_quant:
         state = next(tensor for key, tensor in tensors.items() if ".quant_state." in key)
         nested = NestedAbsmax.from_state(tensors[f"{name}.nested_absmax"], tensors[f"{name}.nested_quant_map"], state)

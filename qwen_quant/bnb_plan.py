@@ -2,8 +2,9 @@
 
 The linears are those of the family's table that transformers replaces by bitsandbytes modules, found by its own rule on
 its own model of the config (meta device).  A linear that it would replace but the table keeps in 16 bit (routers,
-gates) goes to the skip list.  Weights that it holds in another form than nn.Linear (experts fused in one 3-D parameter)
-stay in 16 bit in every loader of today, so two bounds must hold, or the run stops before it writes:
+gates) goes to the skip list.  Routed experts, which transformers fuses into 3-D parameters that bitsandbytes cannot
+hold, are taken apart here and written one by one; transformers reads them where `qwen_quant` is imported
+(`runtime/hf_bnb.py`) and stops while loading elsewhere.  Two bounds must hold, or the run stops before it writes:
 
     weights that nobody asked to skip   at least 90% become codes    (MIN_SUPPORTED_SHARE)
     all weights, --skip included        at least 50% become codes    (MIN_QUANTIZED_SHARE)
@@ -26,7 +27,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qwen_quant.bnb import NESTED_BLOCKSIZE, STATE_SUFFIX, blocks_of, quant_state
+from qwen_quant.bnb import NESTED_BLOCKSIZE, STATE_SUFFIX, blocks_of, int8_shape, is_expert, quant_state
 from qwen_quant.checkpoint.audit import FLOAT_DTYPES, Accounting, account
 from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
 from qwen_quant.checkpoint.manifest import QUANTIZE_CONFIG_FILE
@@ -34,7 +35,6 @@ from qwen_quant.checkpoint.reader import DTYPE_NAMES, CheckpointReader
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, plan_shards
 from qwen_quant.environment import free_disk_bytes
 from qwen_quant.errors import AuditError, InputError
-from qwen_quant.models.experts import ExpertList
 from qwen_quant.models.skeleton import expected_tensors, meta_model
 from qwen_quant.preparation import check_output
 from qwen_quant.recipe import BnbConfig, RunConfig
@@ -44,6 +44,10 @@ MIN_SUPPORTED_SHARE = 0.9
 MIN_QUANTIZED_SHARE = 0.5
 # bitsandbytes' kernel for CPUs with AVX512-BF16 needs these multiples.
 CPU_OUT_MULTIPLE, CPU_IN_MULTIPLE = 32, 64
+EXPERTS_WARNING = (
+    "the experts are quantized one by one: AutoModelForCausalLM loads them after `import qwen_quant` (with "
+    "bitsandbytes installed); without that import it stops with a size mismatch"
+)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -86,9 +90,9 @@ class Ready:
 
 @dataclass(frozen=True)
 class _Linears:
-    """Module names: all linears of transformers' model, those it replaces, tables and linears it skips by default.
+    """Module names: all linears of the model, those a loader replaces, tables and linears it skips by default.
 
-    Routed experts are no linears there: it holds them fused (`models.experts` takes them apart for everyone else).
+    Routed experts are linears here (`models.experts` takes transformers' fused ones apart, and so does our loader).
     """
 
     every: tuple[str, ...]
@@ -97,9 +101,7 @@ class _Linears:
 
 
 def _linears(model: PreTrainedModel) -> _Linears:
-    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ExpertList))
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    every = tuple(name for name in names if not name.startswith(experts))
+    every = tuple(name for name, module in model.named_modules() if type(module) is nn.Linear)
     fixed = getattr(model, "_keep_in_fp32_modules", None)
     skip = HfQuantizer.get_modules_to_not_convert(model, None, fixed)
     replaced = frozenset(name for name in every if should_convert_module(name, skip))
@@ -138,7 +140,7 @@ def _select(ready: Accounting, linears: _Linears, config: BnbConfig) -> tuple[Ac
     kept = dict(ready.kept)
     for name in sorted(table - chosen):
         kept[f"{name}.weight"] = (
-            "kept by --skip" if name in asked else "transformers holds it in another form than a linear"
+            "kept by --skip" if name in asked else "the model holds it in another form than a linear"
         )
     skip: list[str] | None = None
     if chosen != linears.replaced:
@@ -163,7 +165,7 @@ def _check_share(spec: ModelSpec, reader: CheckpointReader, chosen: Accounting, 
         largest = max(chosen.kept.keys() & matrices.keys() - asked, key=lambda name: matrices[name])
         raise InputError(
             f"{1 - codes / supported:.0%} of the weights would stay in 16 bit, among them '{largest}'",
-            "transformers does not hold them as linears (fused experts), and bitsandbytes quantizes linears only",
+            "the model does not hold them as linears, and bitsandbytes quantizes linears only",
             "use qwen-quant gptq for this model",
         )
     if codes < MIN_QUANTIZED_SHARE * total:
@@ -202,6 +204,8 @@ def _warnings(reader: CheckpointReader, chosen: Accounting, config: BnbConfig, d
     if cast:
         target = DTYPE_NAMES[dtype]
         found.append(f"{len(cast)} tensors are cast to {target} first, config.json's dtype ('{cast[0]}' and so on)")
+    if any(is_expert(name) for name in chosen.quantized):
+        found.append(EXPERTS_WARNING)
     shapes = {re.sub(r"^.*\.\d+\.", "", name): reader.info(name).shape for name in chosen.quantized}
     odd = [
         f"{n.removesuffix('.weight')} {s[0]} x {s[1]}"
@@ -261,7 +265,7 @@ def planned_tensors(ready: Ready, name: str, offset: float | None) -> list[Plann
     base = name.removesuffix(".weight")
     if config.quant_type == "int8":
         parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "weight": (torch.int8, shape),
+            "weight": (torch.int8, int8_shape(base, shape)),
             "SCB": (torch.float32, shape[:1]),
             "weight_format": (torch.uint8, ()),
         }

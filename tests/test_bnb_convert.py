@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qwen_quant import bnb, bnb_convert, cli
+from qwen_quant import bnb, bnb_convert, bnb_plan, cli
 from qwen_quant.bnb_convert import BnbResult, quantize_bnb
 from qwen_quant.bnb_plan import BnbJob, settings_of
 from qwen_quant.checkpoint import families
@@ -46,6 +47,9 @@ CONFIGS = {
     "nf4_skip": BnbConfig(skip=("o_proj",)),
 }
 SAVED = json.loads((GOLDEN / "saved.json").read_text())["folders"]
+MOE_FAMILIES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe")
+BNB_SCRIPT = Path(__file__).parent / "support" / "bnb_peer.py"
+HERE = {"PYTHONPATH": str(REPOSITORY)}
 K_PROJ = "model.layers.0.self_attn.k_proj"
 
 
@@ -101,7 +105,7 @@ def test_kernels_are_bitsandbytes_own_to_the_last_bit(
             same(plain, kernels[f"{name}/{kind}_{size}"])
             double = bnb.tensors_4bit(bnb.quantize_4bit(weight, kind, size, double_quant=True))
             same(double, kernels[f"{name}/{kind}_{size}_double"])
-    codes = bnb.tensors_int8(*bnb.quantize_int8(weight))
+    codes = bnb.tensors_int8("layers.0.k_proj", *bnb.quantize_int8(weight))
     assert codes.pop("weight_format").item() == 0
     same(codes, kernels[f"{name}/int8"])
 
@@ -352,19 +356,97 @@ def test_a_linear_that_the_table_keeps_goes_to_the_skip_list(
     assert not any("k_proj" in linear.name for linear in result.linears) and len(result.linears) == 12
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_next"])
-@pytest.mark.parametrize("fused", [False, True])
-def test_routed_experts_stop_the_run(family: str, fused: bool, tmp_path: Path) -> None:
-    """transformers holds them in 3-D parameters, which its bitsandbytes loader leaves in 16 bit without a word."""
+IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def dequantized_logits(source: Path, artifact: Path, folder: Path) -> torch.Tensor:
+    """Logits of transformers' own model, experts fused, of a 16-bit folder that holds the artifact's dense weights."""
+    packed = WeightSource(artifact)
+    tensors = {name: packed.dense(name).float().contiguous() for name in CheckpointReader(source).names}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(source / "config.json", folder / "config.json")
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
+
+
+@pytest.mark.parametrize("config", [BnbConfig(double_quant=True), BnbConfig(quant_type="int8")], ids=["nf4", "int8"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_routed_experts_are_quantized_one_by_one(family: str, config: BnbConfig, tmp_path: Path) -> None:
     model = make_family_checkpoint(tmp_path / "in", family)
-    if fused:
-        fuse_experts(model)
-    with pytest.raises(
-        InputError, match=r"6\d% of the weights would stay in 16 bit, among them .*mlp\.experts"
-    ) as found:
+    result = convert(model, tmp_path / "out", config)
+    artifact, spec = CheckpointReader(tmp_path / "out"), WeightSource(model).spec
+    assert {linear.name for linear in result.linears} == set(spec.linear_names()) and result.quantized_share > 0.98
+    experts = [name for name in spec.linear_names() if ".mlp.experts." in name]
+    assert len(experts) > 40 and all(artifact.info(f"{name}.weight").shape[1] == 1 for name in experts), "no stacking"
+    kept = set(CheckpointReader(model).names) - {f"{name}.weight" for name in spec.linear_names()}
+    assert all(torch.equal(artifact.read(name), CheckpointReader(model).read(name)) for name in kept)
+    assert any("import qwen_quant" in line for line in result.warnings)
+    manifest = json.loads((tmp_path / "out" / "qwen-quant.json").read_text())
+    assert manifest["warnings"] == list(result.warnings)
+    with torch.no_grad():
+        ours = load_model(tmp_path / "out")(IDS).logits
+    expected = dequantized_logits(model, tmp_path / "out", tmp_path / "dense")
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    plain = load_model(model)
+    with torch.no_grad():
+        assert (ours - plain(IDS).logits).abs().max() > 1e-3, "nothing was quantized"
+
+
+def test_stacks_of_experts_give_the_same_artifact(tmp_path: Path) -> None:
+    separate = make_family_checkpoint(tmp_path / "separate", "qwen3_moe")
+    fused = shutil.copytree(separate, tmp_path / "fused")
+    fuse_experts(fused)
+    for model in (separate, fused):
+        convert(model, tmp_path / f"{model.name}-out", BnbConfig(quant_type="int8"))
+    same(tensors_of(tmp_path / "fused-out"), tensors_of(tmp_path / "separate-out"))
+
+
+def test_experts_left_in_16_bit_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a loader that holds them fused would leave them: most of the weights, without a word."""
+    found = bnb_plan._linears
+
+    def fused(model: PreTrainedModel) -> bnb_plan._Linears:
+        linears = found(model)
+        every = tuple(name for name in linears.every if ".experts." not in name)
+        return bnb_plan._Linears(every, frozenset(every) & linears.replaced, linears.default_skip)
+
+    monkeypatch.setattr(bnb_plan, "_linears", fused)
+    model = make_family_checkpoint(tmp_path / "in", "qwen2_moe")
+    with pytest.raises(InputError, match=r"6\d% of the weights would stay in 16 bit, among them .*mlp\.experts"):
         convert(model, tmp_path / "out")
-    assert "fused experts" in found.value.why and "gptq" in found.value.next_step
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_an_experts_codes_that_fit_no_rows(tmp_path: Path) -> None:
+    model = make_family_checkpoint(tmp_path / "in", "qwen3_moe")
+    convert(model, tmp_path / "out", BnbConfig(quant_type="int8"))
+    name = "model.layers.1.mlp.experts.5.up_proj"
+    edit_tensors(tmp_path / "out", **{f"{name}.SCB".replace(".", "__"): torch.ones(63)})
+    with pytest.raises(InputError, match=r"experts\.5\.up_proj\.weight' holds 8192 codes.*SCB' has 63 values"):
+        WeightSource(tmp_path / "out").dense(f"{name}.weight")
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_transformers_and_bitsandbytes_load_the_experts(family: str, kind: str, tmp_path: Path) -> None:
+    """After `import qwen_quant` with every weight as dequantized here; without it not at all, and it says so."""
+    python = os.environ.get("QWEN_QUANT_BNB_PYTHON")
+    assert python, "set QWEN_QUANT_BNB_PYTHON to a Python with bitsandbytes, accelerate and transformers"
+    model = make_family_checkpoint(tmp_path / "in", family, dtype=torch.float32)
+    config = BnbConfig(kind) if kind == "int8" else BnbConfig(kind, double_quant=True, compute_dtype="fp32")
+    convert(model, tmp_path / "out", config)
+    weights = WeightSource(tmp_path / "out")
+    expected = {name: weights.dense(f"{name}.weight") for name in weights.spec.linear_names()}
+    with torch.no_grad():
+        logits = load_model(tmp_path / "out")(IDS).logits
+    save_file({**expected, "ids": IDS, "logits": logits}, tmp_path / "expected.safetensors")
+    command = [python, str(BNB_SCRIPT), str(tmp_path / "out"), str(tmp_path / "expected.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **HERE})
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    stock = subprocess.run([*command, "--stock"], capture_output=True, text=True, check=False)
+    assert stock.returncode != 0 and "RuntimeError" in stock.stderr and "size mismatch" in stock.stderr + stock.stdout
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5"])

@@ -5,7 +5,8 @@ Tensors of one linear (their meaning is in `qwen_quant/bnb.py`):
     4 bit   NAME.weight and beside it .absmax, .quant_map, .quant_state.bitsandbytes__nf4 or __fp4, and with double
             quantization .nested_absmax, .nested_quant_map. The state is JSON in a uint8 tensor: quant_type, blocksize,
             dtype, shape and, nested, nested_blocksize, nested_dtype, nested_offset.
-    8 bit   NAME.weight int8, NAME.SCB, and mostly NAME.weight_format, 0 for plain rows.
+    8 bit   NAME.weight int8, NAME.SCB, and mostly NAME.weight_format, 0 for plain rows. A routed expert's weight is
+            stored as one column, [out * in, 1]; its SCB has `out` values.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_quant.bnb import NestedAbsmax, blocks_of, dequantize_4bit, dequantize_int8
+from qwen_quant.bnb import NestedAbsmax, blocks_of, dequantize_4bit, dequantize_int8, is_expert
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.errors import InputError
 
@@ -114,8 +115,7 @@ class BnbLinears:
         """(out_features, in_features) of linear `base`, from its state alone."""
         if self.format.quant_type != "int8":
             return self._state(f"{base}.weight").shape
-        rows, columns = self.reader.info(f"{base}.weight").shape
-        return rows, columns
+        return self._shape_int8(base)
 
     def dense(self, base: str) -> Tensor:
         """FP32 [out, in] of linear `base`, exactly. Errors: InputError for a tensor that is missing or misshapen."""
@@ -134,21 +134,36 @@ class BnbLinears:
             )
         return self.reader.read(name).flatten()
 
-    def _dense_int8(self, base: str) -> Tensor:
-        name, format_name = f"{base}.weight", f"{base}.weight_format"
+    def _shape_int8(self, base: str) -> tuple[int, int]:
+        """(out, in) of an 8-bit linear (InputError when its codes are no int8 matrix, or no multiple of its SCB)."""
+        name, rows = f"{base}.weight", 0
         info = self.reader.info(name)
         if info.dtype != torch.int8 or len(info.shape) != 2:
             raise InputError(
                 f"{self.reader.folder}: '{name}' is {info.dtype} {info.shape}", "an int8 matrix is needed", _REFETCH
             )
+        if not is_expert(base):
+            return info.shape[0], info.shape[1]
+        if f"{base}.SCB" in self.reader:
+            rows = math.prod(self.reader.info(f"{base}.SCB").shape)
+        if not rows or math.prod(info.shape) % rows:
+            raise InputError(
+                f"{self.reader.folder}: '{name}' holds {math.prod(info.shape)} codes",
+                f"'{base}.SCB' has {rows} values, one for each row",
+                _REFETCH,
+            )
+        return rows, math.prod(info.shape) // rows
+
+    def _dense_int8(self, base: str) -> Tensor:
+        name, format_name, shape = f"{base}.weight", f"{base}.weight_format", self._shape_int8(base)
         if format_name in self.reader and bool(self.reader.read(format_name).any()):
             raise InputError(
                 f"{self.reader.folder}: '{name}' is laid out for one GPU kernel",
                 "weight_format is not 0 (plain rows)",
                 "save it again with a current bitsandbytes",
             )
-        scb = self._tensor(f"{base}.SCB", info.shape[0], _FLOATS)
-        return dequantize_int8(self.reader.read(name), scb)
+        scb = self._tensor(f"{base}.SCB", shape[0], _FLOATS)
+        return dequantize_int8(self.reader.read(name).view(shape), scb)
 
     def _dense_4bit(self, name: str) -> Tensor:
         state = self._state(name)
