@@ -32,6 +32,7 @@ from qwen_quant.commands.init import init
 from qwen_quant.commands.inspect import inspect
 from qwen_quant.commands.plan import plan
 from qwen_quant.commands.profile import profile
+from qwen_quant.commands.push import push
 from qwen_quant.commands.release import release
 from qwen_quant.commands.sign import sign
 from qwen_quant.commands.validate import validate
@@ -52,6 +53,7 @@ COMMANDS = (
     card,
     verify,
     sign,
+    push,
     release,
     inspect,
     plan,

@@ -7,19 +7,23 @@ Optional package: extra `sign`.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
+from qwen_quant.checkpoint.reader import file_sha256
 from qwen_quant.errors import InputError
 
 SIGNATURE_FILE = "model.sig"
 # As in qwen_quant/verify.py: what is not of the artifact. model-signing leaves git's own files out by itself.
 _IGNORED = (SIGNATURE_FILE, ".cache")
+_GIT = (".gitattributes", ".gitignore")
 _MAKE_KEY = (
     "openssl ecparam -name prime256v1 -genkey -noout -out key.pem && openssl ec -in key.pem -pubout -out key.pub"
 )
@@ -65,6 +69,31 @@ def verify_signature(folder: Path, key: Path, *, allow_links: bool = False) -> s
     with _translated(key):
         library.verifying.Config().use_elliptic_key_verifier(public_key=key)
     return _reason(library, folder, key, allow_links=allow_links)
+
+
+def stale_names(folder: Path, known: Mapping[str, str] | None = None) -> list[str]:
+    """Files that `model.sig` records with another sha256, does not record, or records although they are gone.
+
+    This needs neither key nor package and proves nothing about who signed: it only says that a signature is outdated.
+    [] without a signature, or where it hashes in another way than by file and sha256. `known` are hashes (by name) that
+    were computed a moment ago, so that weights are not read again.
+
+    Errors: InputError when model.sig is not a Sigstore bundle with such a statement.
+    """
+    path = folder / SIGNATURE_FILE
+    if not path.is_file():
+        return []
+    try:
+        envelope = json.loads(path.read_text(encoding="utf-8"))["dsseEnvelope"]
+        predicate = json.loads(base64.b64decode(envelope["payload"]))["predicate"]
+        rows = {row["name"]: row["digest"] for row in predicate["resources"] if row["algorithm"] == "sha256"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a signature", str(error), "sign again, or delete it") from error
+    now = [p.name for p in folder.iterdir() if p.is_file() and p.name not in (*_IGNORED, *_GIT)]
+    if not rows:
+        return []
+    hashes = {name: (known or {}).get(name) or file_sha256(folder / name) for name in now}
+    return sorted(name for name in {*rows, *now} if rows.get(name) != hashes.get(name))
 
 
 def _library() -> ModuleType:

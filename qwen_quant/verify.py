@@ -20,7 +20,7 @@ from qwen_quant.checkpoint.reader import CheckpointReader, file_sha256
 from qwen_quant.errors import InputError
 from qwen_quant.inspection import inspect_path
 from qwen_quant.progress import ProgressFn, no_progress
-from qwen_quant.signing import SIGNATURE_FILE, verify_signature
+from qwen_quant.signing import SIGNATURE_FILE, stale_names, verify_signature
 
 # Not of the artifact: git's settings of a hub repository, and the bookkeeping of a download into a folder.
 IGNORED = (".gitattributes", ".cache")
@@ -88,7 +88,7 @@ def verify_folder(
     hashes, changed = _hashes(folder, expected, progress)
     found = [*problems, *changed]
     weights, linears, kept, odd = _tensors(folder, manifest)
-    signature, invalid = _signature(folder, key, allow_links=allow_links)
+    signature, invalid = _signature(folder, key, hashes, allow_links=allow_links)
     source = manifest.get("source", {})
     return VerifyResult(
         folder=str(folder),
@@ -182,10 +182,16 @@ def _tensors(folder: Path, manifest: dict[str, Any]) -> tuple[str, int, int, lis
     return weights, accounting.quantized_linears, kept, [Problem("weights", "tensors", text) for text in odd]
 
 
-def _signature(folder: Path, key: Path | None, *, allow_links: bool) -> tuple[SignatureState, list[Problem]]:
+def _signature(
+    folder: Path, key: Path | None, hashes: dict[str, str], *, allow_links: bool
+) -> tuple[SignatureState, list[Problem]]:
     present = (folder / SIGNATURE_FILE).is_file()
+    if key is None and present:
+        stale = stale_names(folder, hashes)
+        reason = f"does not sign {', '.join(stale[:3])} as it is now"
+        return ("not checked", []) if not stale else ("invalid", [Problem(SIGNATURE_FILE, "signature", reason)])
     if key is None:
-        return ("not checked" if present else "none"), []
+        return "none", []
     if not present:
         return "none", [Problem(SIGNATURE_FILE, "signature", "is missing, and a key was given to check it with")]
     reason = verify_signature(folder, key, allow_links=allow_links)

@@ -28,6 +28,7 @@ COMMANDS = (
     "release",
     "verify",
     "sign",
+    "push",
     "convert",
     "export",
     "inspect",

@@ -1,0 +1,306 @@
+"""The `push` stage: an artifact with its evidence becomes one commit (or pull request) on the hub, or nothing does.
+
+Checks come first and touch no network. Then large files go to the hub's storage, one commit names everything, every
+remote hash is compared with the local one, and the tag comes last. A push that was interrupted anywhere is continued by
+running it again: stored objects are not sent again, and a commit that is there already is found and not repeated.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qwen_quant import __version__
+from qwen_quant.checkpoint.manifest import read_manifest
+from qwen_quant.errors import InputError, NetworkError, UsageError
+from qwen_quant.hub.card import CardRequest, card_problems, make_card
+from qwen_quant.hub.commit import Committed, Message, check_card, commit_once, find_own, push_id, upload_contents
+from qwen_quant.hub.consumers import Finding, check_consumers, refuse_errors
+from qwen_quant.hub.download import HUB_ID
+from qwen_quant.hub.failures import client_errors, hub_failure
+from qwen_quant.hub.push_checks import check_artifact, check_report, check_signature, check_smoke, upload_files
+from qwen_quant.hub.push_state import PendingPush, clear_pending, read_pending, write_pending
+from qwen_quant.hub.session import Session, ask, open_session
+from qwen_quant.hub.target import (
+    TargetState,
+    UploadFile,
+    changes,
+    differing,
+    files_at,
+    look,
+    make_ready,
+)
+from qwen_quant.progress import ProgressFn
+from qwen_quant.results import ValidationResult
+from qwen_quant.signing import sign_folder
+from qwen_quant.verify import VerifyResult
+
+_REF_NAME = re.compile(r"(?!.*(\.\.|//|@\{|/\.|\.lock$))[A-Za-z0-9][\w./-]*(?<![./])")
+
+
+@dataclass(frozen=True)
+class PushJob:
+    """One push.
+
+    Attributes:
+        folder: the artifact with its evidence. repo_id: "ORG/NAME".
+        private: make the repository private where it does not exist.
+        revision: branch, made where it is missing; None is main. create_pr: a pull request instead of a commit.
+        tag: set on the commit once everything is verified. dry_run: check and compare, change nothing anywhere.
+        override_gates: why failed gates are accepted; it is written into the card.
+        card_language: "en", "zh", "both", or None for the one that the card has (else "en").
+        sign_key: PEM private key for an OpenSSF signature; None signs nothing.
+    """
+
+    folder: Path
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    tag: str | None = None
+    dry_run: bool = False
+    override_gates: str = ""
+    card_language: str | None = None
+    sign_key: Path | None = None
+
+
+@dataclass(frozen=True)
+class PushedFile:
+    """One file of the artifact on the hub: "sent" in this push, or "there" before it."""
+
+    name: str
+    size: int
+    sha256: str
+    state: Literal["sent", "there"]
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did, or with dry_run would do.
+
+    Attributes:
+        endpoint, repo_id, branch: the target. created: whether the repository was (would be) made.
+        commit: the commit that holds these files, None in a dry run. pull_request: its page, None for a commit.
+        outcome: "committed", "opened a pull request", "found" (an earlier, interrupted push had made the commit),
+            "unchanged" (everything was there) or "dry run".
+        files: everything that the commit holds of the artifact. deleted: files of an earlier push, removed by this one.
+        sent_bytes: of the files sent. tag: None without one.
+        signed: whether there is a signature. override_reason: why failed gates were overridden ("" when not).
+        findings: broken consumer rules of severity "warning". warnings: what else to know.
+    """
+
+    endpoint: str
+    repo_id: str
+    branch: str
+    created: bool
+    commit: str | None
+    pull_request: str | None
+    outcome: str
+    files: tuple[PushedFile, ...]
+    deleted: tuple[str, ...]
+    sent_bytes: int
+    tag: str | None
+    signed: bool
+    override_reason: str
+    findings: tuple[Finding, ...]
+    warnings: tuple[str, ...]
+    weights_sha256: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """The artifact after every check that needs no network."""
+
+    verified: VerifyResult
+    report: ValidationResult
+    findings: tuple[Finding, ...]
+    warnings: tuple[str, ...]
+    files: tuple[UploadFile, ...]
+
+
+@dataclass(frozen=True)
+class _Published:
+    """What became of the commit."""
+
+    committed: Committed
+    outcome: str
+    sent: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+
+
+def push(job: PushJob, progress: ProgressFn) -> PushResult:
+    """Check, upload, commit once, verify, tag.
+
+    Errors: UsageError for options that do not fit together; InputError for an artifact that must not be pushed as it
+    is; GateError (exit 4) when a gate failed; NetworkError for what the hub refuses. Nothing is on the hub's branch
+    then, except where the error says that a commit is there and differs.
+    """
+    started = time.monotonic()
+    _check_job(job)
+    checked = _check(job, progress)
+    session = open_session(job.repo_id, job.revision, create_pr=job.create_pr, need_token=not job.dry_run)
+    try:
+        state = look(session)
+        if job.dry_run:
+            found = _planned(job, session, checked.files, state)
+        else:
+            found = _publish(job, session, checked, make_ready(session, state, private=job.private), progress)
+            _finish(job, session, checked.files, found, progress)
+    except client_errors() as error:
+        raise hub_failure("push to", job.repo_id, error) from error
+    return _result(job, session, checked, found, (not state.exists, time.monotonic() - started))
+
+
+def _check_job(job: PushJob) -> None:
+    match = HUB_ID.fullmatch(job.repo_id)
+    if match is None or match["revision"]:
+        raise UsageError(f"'{job.repo_id}' is not a repository", next_step="give ORG/NAME; a branch goes to --revision")
+    if job.create_pr and (job.revision or job.tag):
+        raise UsageError(
+            "--create-pr goes with neither --revision nor --tag",
+            "a pull request is against main, and its commit becomes another one when it is merged",
+            "tag after merging",
+        )
+    for option, name in (("--revision", job.revision), ("--tag", job.tag)):
+        if name is not None and not _REF_NAME.fullmatch(name):
+            raise UsageError(
+                f"{option} is {name!r}", "that is no name of a branch or tag", "use letters, digits, . _ -"
+            )
+
+
+def _check(job: PushJob, progress: ProgressFn) -> _Checked:
+    """Everything that is checked before the network; writes card and signature unless it is a dry run."""
+    folder = job.folder
+    verified = check_artifact(folder, progress, will_sign=job.sign_key is not None)
+    report = check_report(folder, verified.weights_sha256, job.override_gates)
+    findings = check_consumers(folder)
+    refuse_errors(folder, findings)
+    warnings = check_smoke(folder, report, progress)
+    if report.override_reason:
+        warnings = (f"gates overridden: {report.override_reason}", *warnings)
+    if job.dry_run:
+        warnings += tuple(f"card: {problem} (a push writes it again)" for problem in card_problems(folder))
+    else:
+        request = CardRequest(job.card_language, job.repo_id, override_reason=report.override_reason)
+        make_card(folder, request)
+        problems = card_problems(folder)
+        if problems:
+            raise InputError(f"the card of {folder} is not complete", problems[0], _card_step(problems[0], folder))
+        if job.sign_key is not None:
+            sign_folder(folder, job.sign_key)
+        check_signature(folder)
+    return _Checked(verified, report, findings, warnings, upload_files(folder, sealed=not job.dry_run))
+
+
+def _card_step(problem: str, folder: Path) -> str:
+    """The command that mends it, unless the problem names one itself."""
+    return "do what it says and push again" if "qwen-quant" in problem else f"qwen-quant card {folder}"
+
+
+def _check_tag(job: PushJob, state: TargetState, commit: str | None) -> None:
+    """A published tag is never moved: one of this name may only be at `commit` (None: a commit still to be made)."""
+    there = dict(state.tags).get(job.tag or "")
+    if there is not None and there != commit:
+        raise InputError(
+            f"'{job.repo_id}' has the tag '{job.tag}' already",
+            f"it names commit {there[:12]}, and a published tag is not moved",
+            "give another --tag, or delete that one on the hub",
+        )
+
+
+def _planned(job: PushJob, session: Session, files: Sequence[UploadFile], state: TargetState) -> _Published:
+    """What a push would do."""
+    found = changes(session, files, state)
+    _check_tag(job, state, None if found.upload or found.delete else state.head)
+    return _Published(Committed(""), "dry run", tuple(file.name for file in found.upload), found.delete)
+
+
+def _publish(job: PushJob, session: Session, checked: _Checked, state: TargetState, progress: ProgressFn) -> _Published:
+    """The commit of an earlier run where there is one, else contents and a new one."""
+    ident = push_id(session, checked.files)
+    pending = read_pending(job.folder, ident)
+    if pending is not None or session.create_pr:
+        earlier = find_own(session, ident, since=pending.parent if pending else None)
+        if earlier is not None:
+            _check_tag(job, state, earlier.oid)
+            return _Published(earlier, "found")
+    found = changes(session, checked.files, state)
+    if not found.upload and not found.delete and state.head:
+        _check_tag(job, state, state.head)
+        return _Published(Committed(state.head), "unchanged")
+    _check_tag(job, state, None)
+    check_card(session, found.upload)
+    modes = upload_contents(session, found.upload, progress)
+    write_pending(job.folder, PendingPush(ident, state.head))
+    progress("committing", 0, 1)
+    message = _message(job, checked.verified)
+    committed = commit_once(session, found, modes, parent=state.head, message=message, ident=ident)
+    outcome = "opened a pull request" if session.create_pr else "committed"
+    return _Published(committed, outcome, tuple(file.name for file in found.upload), found.delete)
+
+
+def _finish(
+    job: PushJob, session: Session, files: Sequence[UploadFile], found: _Published, progress: ProgressFn
+) -> None:
+    """Compare every remote hash, then set the tag, then forget the state."""
+    from huggingface_hub import HfApi
+
+    progress("verifying", 0, 1)
+    commit = found.committed.oid
+    differ = differing(files, files_at(session, commit))
+    if differ:
+        clear_pending(job.folder)
+        raise NetworkError(
+            f"commit {commit[:12]} of '{job.repo_id}' is not the artifact",
+            f"on the hub {', '.join(differ[:3])} differ from the local files or are missing",
+            "run the same command again: it sends them anew; until then do not use that commit",
+        )
+    if job.tag:
+        tag = job.tag
+        ask(lambda: HfApi().create_tag(job.repo_id, tag=tag, revision=commit, exist_ok=True))
+        _check_tag(job, look(session), commit)
+    clear_pending(job.folder)
+    progress("verifying", 1, 1)
+
+
+def _message(job: PushJob, verified: VerifyResult) -> Message:
+    """Title and text of the commit: what it is, from what, by what."""
+    settings = read_manifest(job.folder).get("settings", {})
+    bits = f" {settings['bits']} bit" if "bits" in settings else ""
+    source = verified.source_id + (f"@{verified.source_revision[:12]}" if verified.source_revision else "")
+    text = f"qwen-quant {__version__}; weights sha256 {verified.weights_sha256}"
+    return Message(f"{verified.method}{bits} of {source}", text)
+
+
+def _result(
+    job: PushJob, session: Session, checked: _Checked, found: _Published, rest: tuple[bool, float]
+) -> PushResult:
+    sent = set(found.sent)
+    files = tuple(
+        PushedFile(file.name, file.size, file.sha256, "sent" if file.name in sent else "there")
+        for file in checked.files
+    )
+    return PushResult(
+        endpoint=session.endpoint,
+        repo_id=job.repo_id,
+        branch=session.branch,
+        created=rest[0],
+        commit=found.committed.oid or None,
+        pull_request=found.committed.pull_request,
+        outcome=found.outcome,
+        files=files,
+        deleted=found.deleted,
+        sent_bytes=sum(file.size for file in files if file.state == "sent"),
+        tag=job.tag,
+        signed=any(file.name == "model.sig" for file in files),
+        override_reason=checked.report.override_reason,
+        findings=checked.findings,
+        warnings=checked.warnings,
+        weights_sha256=checked.verified.weights_sha256,
+        seconds=rest[1],
+    )
