@@ -117,7 +117,7 @@ def load_for_profile(folder: Path, device: torch.device, dtype: torch.dtype | No
         model = load_quantized(folder, device, dtype)
         step = refusal(model, 1)
         steps = f"steps by transformers: {step}" if step else "steps of one row with the plain cache: native"
-        return model, f"{model.kernel_report.summary()}; activations {_name(model.dtype)}; {steps}"
+        return model, f"{model.kernel_report.summary()}; activations {_name(model.config.dtype)}; {steps}"
     dtype = dtype or torch.bfloat16
     said = f"dense {_name(dtype)}"
     if source.is_quantized:
