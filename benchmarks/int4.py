@@ -2,10 +2,13 @@
 """Int4 kernels on 7B-shaped linears, and decoding of a real model, against dense weights; all sides take turns.
 
     python benchmarks/int4.py [--int4 FOLDER --dense FOLDER] [--rounds 15] [--threads 2] [--tokens 64]
+        [--llama VENV/bin/python [--gguf FILE]]
 
 For each shape and number of rows: the kernels' products, the product by dequantized tiles, and dense FP32 and BF16.
 Times are the least of the rounds: what other programs take is no property of a kernel (the medians are in the JSON).
 Bytes are what one product must read; the roofline is those bytes over this machine's measured reading speed.
+With --llama, a Python that has llama-cpp-python, llama.cpp decodes the same codes as Q4_0 in turn with the others, with
+as many threads; FILE is written from --int4 where it does not exist (default: beside --out).
 (Not called kernels.py: transformers looks for a package of that name and would find this file from any script here.)
 Prints Markdown and writes benchmarks/results/int4.json (or --out) and .md beside it.
 """
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llama_side import LlamaSide, write_q4_0
 from torch.nn import functional
 
 from qwen_quant.environment import cpu_features, peak_rss_bytes
@@ -43,6 +47,8 @@ SHAPES = {
 }
 GROUP_SIZE = 128
 ROWS = (1, 4, 8, 16, 24, 32, 64, 256)
+FIRST_TOKEN = 1
+OURS, LLAMA = "Int4 (FP32 activations)", "llama.cpp Q4_0"
 FAST = tuple(name for name in KERNEL_NAMES if name != "reference")
 
 
@@ -55,6 +61,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--llama", type=Path, help="a Python that has llama-cpp-python, for the other side")
+    parser.add_argument("--gguf", type=Path, help="Q4_0 file of --int4; written where absent")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -129,19 +137,43 @@ def measure_shape(shape: tuple[int, int], rounds: int, device: torch.device) -> 
 def measure_model(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Tokens per second of each model, one after the other in every round."""
     quantized = load_quantized(arguments.int4, device, torch.float32)
-    models = {"Int4 (FP32 activations)": quantized}
+    models = {OURS: quantized}
     for dtype in (torch.float32, torch.bfloat16):
         models[f"dense {str(dtype)[6:]}"] = load_model(arguments.dense, device, dtype)
-    ids = torch.tensor([[1]], device=device)
-    each: dict[str, list[float]] = {name: [] for name in models}
+    ids = torch.tensor([[FIRST_TOKEN]], device=device)
+    rival = llama_side(arguments)
+    each: dict[str, list[float]] = {name: [] for name in (*models, *([LLAMA] if rival else []))}
+    said: dict[str, list[int]] = {}
     for _ in range(max(2, arguments.rounds // 5)):
         for name, model in models.items():
-            each[name] += decode(model, ids, arguments.tokens).token_seconds
+            made = decode(model, ids, arguments.tokens)
+            each[name] += made.token_seconds
+            said[name] = made.tokens[0].tolist()
+        if rival:
+            answer = rival.decode(FIRST_TOKEN, arguments.tokens)
+            each[LLAMA] += answer["seconds"]
+            said[LLAMA] = answer["tokens"]
+    sizes = {name: bytes_per_token(model) for name, model in models.items()} | {LLAMA: bytes_per_token(quantized)}
     rows = {
-        name: {"seconds": min(values), "median": statistics.median(values), "bytes": bytes_per_token(models[name])}
+        name: {"seconds": min(values), "median": statistics.median(values), "bytes": sizes[name]}
         for name, values in each.items()
     }
-    return {"tokens": arguments.tokens, "kernels": quantized.kernel_report.counts(), "models": rows}
+    result = {"tokens": arguments.tokens, "kernels": quantized.kernel_report.counts(), "models": rows, "said": said}
+    if rival:
+        result["llama"] = rival.facts
+        rival.close()
+    return result
+
+
+def llama_side(arguments: argparse.Namespace) -> LlamaSide | None:
+    """llama.cpp with the same codes, where it was asked for."""
+    if arguments.llama is None:
+        return None
+    gguf = arguments.gguf or arguments.out.with_suffix(".gguf")
+    if not gguf.is_file():
+        gguf.parent.mkdir(parents=True, exist_ok=True)
+        write_q4_0(arguments.int4, gguf)
+    return LlamaSide(arguments.llama, gguf, arguments.threads, arguments.tokens + 8)
 
 
 def layer_table(name: str, result: dict[str, Any], speed: float) -> str:
@@ -170,6 +202,15 @@ def model_table(result: dict[str, Any], speed: float) -> str:
         share = row["bytes"] / row["seconds"] / speed
         lines.append(
             f"| {name} | {1 / row['seconds']:.1f} | {1 / row['median']:.1f} | {row['bytes'] / 1e6:.0f} | {share:.0%} |"
+        )
+    if LLAMA in result["models"]:
+        ours, theirs = result["models"][OURS], result["models"][LLAMA]
+        pairs = zip(result["said"][OURS], result["said"][LLAMA], strict=True)
+        alike = next((i for i, (a, b) in enumerate(pairs) if a != b), result["tokens"])
+        lines.append(
+            f"\nInt4 / llama.cpp: {theirs['seconds'] / ours['seconds']:.2f} x by the best token, "
+            f"{theirs['median'] / ours['median']:.2f} x by the median; the first {alike} of {result['tokens']} tokens "
+            f"are the same (llama.cpp rounds activations to 8 bits); {result['llama']['version']}"
         )
     return "\n".join(lines)
 
