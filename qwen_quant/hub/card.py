@@ -68,11 +68,12 @@ class CardState:
 
 @dataclass(frozen=True)
 class CardRequest:
-    """What is asked for; None or "": as the card that is there says, or the default.
+    """What is asked for; None: as the card that is there says, or the default.
 
     Attributes:
         language: "en", "zh" or "both". repo_id, base_model: "ORG/NAME".
-        override_reason: why failed gates are overridden. force: move a stranger's README.md into the marked place.
+        override_reason: why failed gates are overridden ("": what the report says).
+        force: move a stranger's README.md into the marked place.
     """
 
     language: str | None = None
@@ -89,7 +90,7 @@ def write_card(folder: Path, *, repo_id: str | None, language: str, override_rea
         folder: the artifact; report.json and profile.json in it are used where they are.
         repo_id: "ORG/NAME" that commands shall load; None: what the card that is there says, else the folder.
         language: "en", "zh" or "both".
-        override_reason: why it is published although a gate failed ("": what report or card say).
+        override_reason: why it is published although a gate failed ("": what the report says).
 
     Returns the path of README.md. Text between the marks survives byte for byte.
 
@@ -107,7 +108,8 @@ def make_card(folder: Path, request: CardRequest) -> Path:
     earlier, kept = _earlier(path, request)
     state = _state(folder, made, earlier, request)
     facts = gather_facts(folder, state.source, repo_id=state.repo, override_reason=state.override)
-    text = card_text(facts, replace(state, override=facts.override_reason), kept)
+    override = facts.override_reason if facts.failed_gates else ""
+    text = card_text(facts, replace(state, override=override), kept)
     _replace(path, text.encode("utf-8", "surrogateescape"))
     seal(folder, [name for name in SEALABLE if (folder / name).is_file()])
     return path
@@ -266,7 +268,7 @@ def _state(folder: Path, made: Made, earlier: CardState | None, request: CardReq
     return CardState(
         language=request.language or (earlier.language if earlier else LANGUAGES[0]),
         repo=request.repo_id or (earlier.repo if earlier else None),
-        override=request.override_reason or (earlier.override if earlier else ""),
+        override=request.override_reason,  # never an earlier one: it was given for an earlier report
         source=source,
     )
 

@@ -92,7 +92,7 @@ def _speed_rows(facts: CardFacts, language: str) -> list[tuple[str, str, str]]:
     for key, cell, show in (("speed_of", cells[0], show_speed), ("memory_of", cells[-1], show_memory)):
         pair = [found.get((quantized, cell)) for quantized in (False, True)]
         if all(pair):
-            title = say(language, "memory_generate", tokens=cell.new_tokens)
+            title = say(language, "glance_cell", tokens=cell.new_tokens)
             shown = [show(_median(row), language) for row in pair if row]
             rows.append((say(language, key, cell=title), shown[0], shown[1]))
     return rows
@@ -217,14 +217,14 @@ def provenance_section(facts: CardFacts, language: str) -> list[str]:
     """Source, hashes, how to check them, licence."""
     made = facts.made
     if made.revision is not None:
-        source = say(language, "source_commit", source=source_link(facts), revision=escape(made.revision))
+        source = say(language, "source_commit", source=source_link(facts), revision=code(made.revision))
     else:
         source = say(language, "source", source=source_link(facts))
     command = shlex.join(["qwen-quant", "verify", plain(facts.target)])
     lines = [
         source,
         say(language, "weights", sha256=weights_sha256_of(made.output_sha256)),
-        say(language, "verify", command=command),
+        say(language, "verify", command=code(command)),
     ]
     licence = facts.source.license_name or facts.source.license
     if licence:

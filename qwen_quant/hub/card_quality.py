@@ -43,7 +43,7 @@ def quality_section(facts: CardFacts, language: str) -> list[str]:
         passed = sum(not case.failures for case in report.smoke)
         parts.append(say(language, "smoke", passed=passed, count=len(report.smoke)))
     if report.kv_cache:
-        parts.append(say(language, "kv_used", kv_cache=code(report.kv_cache).strip("`")))
+        parts.append(say(language, "kv_used", kv_cache=code(report.kv_cache)))
     return parts
 
 

@@ -8,7 +8,7 @@ from qwen_quant.hub.card_facts import CardFacts
 from qwen_quant.hub.card_markdown import code, escape, gibibytes, number, table
 from qwen_quant.hub.card_profile import CardCell, CardProfile
 from qwen_quant.hub.card_words import say
-from qwen_quant.profiling.protocol import Cell
+from qwen_quant.profiling.protocol import PUBLISHED_CELLS, Cell
 from qwen_quant.profiling.results import MEASURED, OOM
 
 PLAIN_CACHE = "bf16"
@@ -32,13 +32,15 @@ def speed_sections(facts: CardFacts, language: str) -> list[str]:
 
 
 def generation_cells(profile: CardProfile) -> tuple[Cell, ...]:
-    """Cells of one sequence from one context token with the plain cache: what the published tables report."""
-    return _distinct(
-        profile,
-        lambda cell: (
-            (cell.context_tokens, cell.batch_size, cell.kv_cache) == (1, 1, PLAIN_CACHE) and cell.new_tokens > 1
-        ),
+    """Cells of one sequence from one context token with the plain cache, by length.
+
+    Those of the published tables, where any was measured; else every length.
+    """
+    plain = (1, 1, PLAIN_CACHE)
+    cells = _distinct(
+        profile, lambda cell: (cell.context_tokens, cell.batch_size, cell.kv_cache) == plain and cell.new_tokens > 1
     )
+    return tuple(cell for cell in cells if cell in PUBLISHED_CELLS) or cells
 
 
 def encoding_cells(profile: CardProfile) -> tuple[Cell, ...]:
@@ -69,7 +71,8 @@ def show_memory(cell: CardCell, language: str) -> str:
 
 
 def _distinct(profile: CardProfile, wanted: Callable[[Cell], bool]) -> tuple[Cell, ...]:
-    return tuple(dict.fromkeys(row.cell for row in profile.cells if wanted(row.cell)))
+    found = dict.fromkeys(row.cell for row in profile.cells if wanted(row.cell))
+    return tuple(sorted(found, key=lambda cell: (cell.context_tokens, cell.new_tokens)))
 
 
 def _rows(facts: CardFacts, cells: Sequence[Cell], show: Show, language: str) -> list[tuple[str, ...]]:
@@ -114,8 +117,12 @@ def _kv_cache(facts: CardFacts, profile: CardProfile, language: str) -> list[str
         made = _sweep(facts, chosen, lambda cell: (cell.batch_size, f"bs={cell.batch_size}"), language)
         parts += [say(language, "kv_batch", tokens=tokens), made] if made else []
     single = [row for row in profile.cells if row.cell.batch_size == 1 and row.cell.new_tokens > 1]
-    if len({row.cell.kv_cache for row in single}) > 1:
-        made = _sweep(facts, single, lambda cell: (cell.new_tokens, f"sl={cell.new_tokens}"), language)
+    caches: dict[int, set[str]] = {}
+    for row in single:
+        caches.setdefault(row.cell.new_tokens, set()).add(row.cell.kv_cache)
+    compared = [row for row in single if len(caches[row.cell.new_tokens]) > 1]
+    if len({row.cell.new_tokens for row in compared}) > 1 or (compared and not parts):
+        made = _sweep(facts, compared, lambda cell: (cell.new_tokens, f"sl={cell.new_tokens}"), language)
         parts += [say(language, "kv_length"), made]
     return [f"## {say(language, 'kv_cache')}", *parts] if parts else []
 

@@ -51,6 +51,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "glance": ("At a glance", "概览"),
     "size": ("Size of the weights", "权重大小"),
     "perplexity_of": ("Perplexity, {text}", "困惑度，{text}"),
+    "glance_cell": ("generating {tokens} tokens", "生成 {tokens} 个 token"),
     "speed_of": ("Tokens/s, {cell}", "生成速度（tokens/s），{cell}"),
     "memory_of": ("Peak memory, {cell}", "峰值内存，{cell}"),
     # Use
@@ -188,8 +189,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "固定提示词冒烟测试：{count} 条中通过 {passed} 条。",
     ),
     "kv_used": (
-        "The quantized model ran with the KV cache `{kv_cache}`.",
-        "评测量化模型时使用的 KV cache 为 `{kv_cache}`。",
+        "The quantized model ran with the KV cache {kv_cache}.",
+        "评测量化模型时使用的 KV cache 为 {kv_cache}。",
     ),
     # Speed
     "speed": ("Speed", "推理速度"),
@@ -317,13 +318,13 @@ TEXTS: dict[str, tuple[str, str]] = {
     # Provenance
     "provenance": ("Provenance and licence", "来源与许可证"),
     "source": ("Source: {source}", "原模型：{source}"),
-    "source_commit": ("Source: {source} at commit `{revision}`", "原模型：{source}，提交 `{revision}`"),
+    "source_commit": ("Source: {source} at commit {revision}", "原模型：{source}，提交 {revision}"),
     "weights": ("sha256 of the weights: `{sha256}`", "权重 sha256：`{sha256}`"),
     "verify": (
-        "`{command}` checks every file of this repository against `qwen-quant.json`, which holds the sha256 of "
+        "{command} checks every file of this repository against `qwen-quant.json`, which holds the sha256 of "
         "all of them "
         "and of the source's.",
-        "执行 `{command}` 可对照 `qwen-quant.json` 校验本仓库的每个文件；该文件记录了全部文件及原模型文件的 sha256。",
+        "执行 {command} 可对照 `qwen-quant.json` 校验本仓库的每个文件；该文件记录了全部文件及原模型文件的 sha256。",
     ),
     "licence": ("Licence: {licence}, as the source.", "许可证：{licence}，与原模型相同。"),
     "licence_text": ("Its text is in `{file}`.", "全文见 `{file}`。"),
