@@ -41,12 +41,14 @@ class FaultClock:
     """A plan in use. Safe to ask from several threads."""
 
     plan: FaultPlan
+    asked: int = 0  # requests that have arrived
     _seen: dict[int, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def due(self, request: str) -> Fault | None:
         """The fault that this request meets; counts it as happened."""
         with self._lock:
+            self.asked += 1
             for number, fault in enumerate(self.plan.faults):
                 if not re.search(fault.match, request):
                     continue
@@ -57,6 +59,11 @@ class FaultClock:
                 if seen >= fault.skip:
                     return fault
             return None
+
+    def heal(self) -> None:
+        """From now on nothing goes wrong."""
+        with self._lock:
+            self.plan, self._seen = FaultPlan(), {}
 
     def happened(self) -> int:
         """How many faults have been injected."""

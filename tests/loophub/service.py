@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -59,8 +59,24 @@ def dispatch(service: Service, routes: tuple[Route, ...], exchange: Exchange) ->
             try:
                 return route.function(service, exchange, matched.groupdict())
             except RefusedError as refused:
-                return refused.reply
+                return _as_over_tls(exchange, refused.reply)
     return error_reply(404, f"loophub has no route for {exchange.method} {exchange.path}")
+
+
+def _as_over_tls(exchange: Exchange, reply: Reply) -> Reply:
+    """The client takes any 401 of a repository but "Invalid credentials" for an absent one, by a pattern that wants
+    https://. Here, where there is no TLS, the code that means the same makes it do the same.
+    """
+    message = reply.headers.get("X-Error-Message", "")
+    of_repository = exchange.path.startswith("/api/models/") or "/resolve/" in exchange.path
+    if (
+        reply.status != 401
+        or not of_repository
+        or "X-Error-Code" in reply.headers
+        or message.startswith("Invalid cred")
+    ):
+        return reply
+    return replace(reply, headers=reply.headers | {"X-Error-Code": "RepoNotFound"})
 
 
 def revision_of(service: Service, repo: Repository, revision: str) -> Commit:
