@@ -24,6 +24,7 @@ from qwen_quant.progress import ProgressFn
 from qwen_quant.recipe import CalibrationConfig, RunConfig
 from qwen_quant.releasing.records import Made, inputs_sha256, read_record
 from qwen_quant.releasing.stage import Context, Stage, always, artifact_name, plain
+from qwen_quant.resume import WorkFolder
 from qwen_quant.sequential import quantize_checkpoint
 from qwen_quant.units import format_bytes
 
@@ -178,9 +179,8 @@ def _made(context: Context, out: Path) -> Made:
             for folder in sorted(other.iterdir()):
                 _keep_card(context, folder)
             shutil.rmtree(other)
-    for left in sorted(out.parent.iterdir()):
-        if left != out:
-            shutil.rmtree(left)
+    for left in [WorkFolder(out).root, out.with_name(f".{out.name}.old")]:
+        shutil.rmtree(left, ignore_errors=True)
     manifest = read_manifest(out)
     names = tuple(name for name in manifest["output"]["sha256"] if name not in SEALABLE)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))

@@ -13,6 +13,7 @@ from qwen_quant.errors import InputError
 from qwen_quant.evaluation.report import JSON_FILE
 from qwen_quant.export.export import ExportJob, export_artifact
 from qwen_quant.hub.card import CARD_FILE, CardRequest, add_evidence, card_problems, make_card
+from qwen_quant.hub.push import PushJob, push
 from qwen_quant.profiling.page import JSON_FILE as PROFILE_FILE
 from qwen_quant.progress import ProgressFn
 from qwen_quant.releasing.making import KEPT_CARD
@@ -113,5 +114,58 @@ def _check_licence(card: Path, wanted: str) -> None:
         raise InputError(f"the source's card names {found}", f"the recipe expects {wanted}", step)
 
 
+def _push_left_out(context: Context) -> str:
+    return "" if context.repo else "no repository is named"
+
+
+def _push_inputs(context: Context) -> dict[str, Any]:
+    from huggingface_hub import constants
+
+    release = context.recipe.release
+    return plain(
+        artifact=context.digest("card"),
+        endpoint=constants.ENDPOINT,
+        repo=context.repo,
+        private=release.private,
+        revision=release.revision,
+        create_pr=release.create_pr,
+        tag=release.tag,
+        sign_key=release.sign_key,
+        tool=__version__,
+    )
+
+
+def _push(context: Context, inputs: dict[str, Any], progress: ProgressFn) -> Made:
+    folder, release = context.folder(quantizer(context)), context.recipe.release
+    job = PushJob(
+        folder=folder,
+        repo_id=context.repo,
+        private=release.private,
+        revision=release.revision or None,
+        create_pr=release.create_pr,
+        tag=release.tag or None,
+        override_gates=release.override_gates,
+        card_language=release.card_language,
+        sign_key=Path(release.sign_key).expanduser() if release.sign_key else None,
+    )
+    done = push(job, progress)
+    figures = {
+        "endpoint": done.endpoint,
+        "repo": done.repo_id,
+        "branch": done.branch,
+        "commit": done.commit,
+        "pull_request": done.pull_request,
+        "outcome": done.outcome,
+        "sent_bytes": done.sent_bytes,
+        "tag": done.tag,
+        "signed": done.signed,
+        "warnings": list(done.warnings),
+    }
+    where = done.pull_request or f"{done.repo_id} at {(done.commit or '')[:12]}"
+    summary = f"{done.outcome}: {where}, {len(done.files)} files, {format_bytes(done.sent_bytes)} sent"
+    return Made(folder, figures=figures, summary=summary)
+
+
 EXPORT = Stage("export", "re-encode for other runtimes", _export_left_out, _export_inputs, _export)
 CARD = Stage("card", "write the model card", always, _card_inputs, _card)
+PUSH = Stage("push", "push to the Hub", _push_left_out, _push_inputs, _push)

@@ -37,6 +37,7 @@ class ReleaseConfig:
         create_pr: open a pull request instead of committing.
         revision: branch to push to; "" is the default one.
         tag: tag for the commit; "" is none.
+        sign_key: PEM private key that the artifact is signed with; "" signs nothing.
         card_language: "en", "zh" or "both".
         base_model: the source's id on the Hub, for a model that is a local folder; "" is the model's own.
         licence: the licence that the source's card must name (e.g. "apache-2.0"); "" accepts any.
@@ -51,6 +52,7 @@ class ReleaseConfig:
     create_pr: bool = False
     revision: str = ""
     tag: str = ""
+    sign_key: str = ""
     card_language: str = "en"
     base_model: str = ""
     licence: str = ""
@@ -65,6 +67,8 @@ class ReleaseConfig:
         _choice("profile", self.profile, PROFILED)
         check_repo(self.repo)
         check_repo(self.base_model)
+        if self.create_pr and (self.revision or self.tag):
+            raise InputError("create_pr goes with neither revision nor tag", next_step="tag after merging")
         if self.override_gates and not self.override_gates.strip():
             raise InputError("override_gates is blank", next_step="say why, or leave it out")
 
