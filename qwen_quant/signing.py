@@ -22,7 +22,7 @@ from qwen_quant.errors import InputError
 
 SIGNATURE_FILE = "model.sig"
 # As in qwen_quant/verify.py: what is not of the artifact. model-signing leaves git's own files out by itself.
-_IGNORED = (SIGNATURE_FILE, ".cache")
+_IGNORED = (SIGNATURE_FILE, ".cache", ".qwen-quant")
 _GIT = (".gitattributes", ".gitignore")
 _MAKE_KEY = (
     "openssl ecparam -name prime256v1 -genkey -noout -out key.pem && openssl ec -in key.pem -pubout -out key.pub"

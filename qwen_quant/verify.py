@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from qwen_quant.progress import ProgressFn, no_progress
 from qwen_quant.signing import SIGNATURE_FILE, stale_names, verify_signature
 
 # Not of the artifact: git's settings of a hub repository, and the bookkeeping of a download into a folder.
-IGNORED = (".gitattributes", ".cache")
+IGNORED = (".gitattributes", ".cache", ".qwen-quant")
 SHOWN_PROBLEMS = 5
 _MIB = 1 << 20
 
@@ -69,7 +70,12 @@ class VerifyResult:
 
 
 def verify_folder(
-    folder: Path, progress: ProgressFn = no_progress, *, key: Path | None = None, allow_links: bool = False
+    folder: Path,
+    progress: ProgressFn = no_progress,
+    *,
+    key: Path | None = None,
+    allow_links: bool = False,
+    left_out: Mapping[str, str] | None = None,
 ) -> VerifyResult:
     """Check hashes, tensors and signature of an artifact.
 
@@ -78,15 +84,17 @@ def verify_folder(
         progress: called with MiB hashed.
         key: PEM public key of the signer; None leaves a signature unchecked.
         allow_links: whether files may be links, as in the hub's download cache.
+        left_out: files of a repository that were not fetched at all, and why: none of them is the artifact's.
 
-    Errors: InputError when the folder holds no usable manifest or the key cannot be used; NetworkError never.
+    Errors: InputError when the folder holds no usable manifest or the key cannot be used.
     """
     started = time.monotonic()
     manifest = read_manifest(folder)
     expected: dict[str, str] = manifest["output"]["sha256"]
     problems = _stray_entries(folder, set(expected), allow_links=allow_links)
     hashes, changed = _hashes(folder, expected, progress)
-    found = [*problems, *changed]
+    strangers = [Problem(name, "unknown", f"is in the repository: {why}") for name, why in (left_out or {}).items()]
+    found = [*problems, *strangers, *changed]
     weights, linears, kept, odd = _tensors(folder, manifest)
     signature, invalid = _signature(folder, key, hashes, allow_links=allow_links)
     source = manifest.get("source", {})

@@ -14,6 +14,7 @@ from qwen_quant.results import to_json
 from qwen_quant.units import format_bytes
 
 if TYPE_CHECKING:
+    from qwen_quant.progress import ProgressFn
     from qwen_quant.verify import VerifyResult
 
 Artifact = Annotated[
@@ -38,14 +39,15 @@ def verify(artifact: Artifact, key: PublicKey = None, json: options.Json = False
     """
     output = Output(json=json, quiet=quiet)
     folder = Path(artifact).expanduser()
-    is_local = folder.is_dir()
-    if not is_local:
-        folder = options.find_model(artifact, output).path
+    is_local = folder.exists()
 
     from qwen_quant.verify import check_verified, verify_folder
 
+    left_out: dict[str, str] = {}
     with running(output) as progress:
-        result = verify_folder(folder, progress, key=key, allow_links=not is_local)
+        if not is_local:
+            folder, left_out = _fetch(artifact, progress)
+        result = verify_folder(folder, progress, key=key, allow_links=not is_local, left_out=left_out)
     error: InputError | None = None
     try:
         check_verified(result)
@@ -54,6 +56,15 @@ def verify(artifact: Artifact, key: PublicKey = None, json: options.Json = False
     show(Report("verify", to_json(result), report_parts(result)), output, error)
     if error is not None:
         raise typer.Exit(error.exit_code)
+
+
+def _fetch(repo: str, progress: ProgressFn) -> tuple[Path, dict[str, str]]:
+    """(folder in the hub's cache with every file of a repository, those that are never fetched and why)."""
+    from qwen_quant.hub.download import DownloadJob, download_repo, parse_repo
+
+    name, revision = parse_repo(repo)
+    done = download_repo(DownloadJob(name, revision, include=("*",)), progress)
+    return done.path, done.left_out
 
 
 def report_parts(result: VerifyResult) -> tuple[str | Table, ...]:

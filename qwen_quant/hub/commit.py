@@ -79,7 +79,7 @@ def upload_contents(session: Session, files: Sequence[UploadFile], progress: Pro
 
     Errors: InputError for a file that the repository's .gitignore excludes: it would be left out without a word.
     """
-    from huggingface_hub.utils import is_xet_available
+    from huggingface_hub.utils._runtime import is_xet_available
 
     modes: dict[str, str] = {}
     for start in range(0, len(files), _BATCH):

@@ -9,18 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-import torch
-
 from qwen_quant.checkpoint.manifest import MANIFEST_FILE, SEALABLE, read_manifest
 from qwen_quant.checkpoint.reader import PICKLE_PATTERNS, file_sha256
 from qwen_quant.errors import GateError, InputError
 from qwen_quant.evaluation.gates import check_gates
 from qwen_quant.evaluation.report import JSON_FILE, read_report
-from qwen_quant.evaluation.smoke import smoke_cases
 from qwen_quant.hub.target import UploadFile
 from qwen_quant.progress import ProgressFn
 from qwen_quant.results import ValidationResult
-from qwen_quant.runtime.loading import WeightSource
 from qwen_quant.signing import SIGNATURE_FILE, stale_names
 from qwen_quant.verify import Problem, VerifyResult, check_verified, verify_folder
 
@@ -81,6 +77,11 @@ def check_smoke(folder: Path, report: ValidationResult, progress: ProgressFn) ->
     """
     if report.smoke:
         return ()
+    import torch
+
+    from qwen_quant.evaluation.smoke import smoke_cases  # a model library, which few pushes need
+    from qwen_quant.runtime.loading import WeightSource
+
     source, device = WeightSource(folder), torch.device("cpu")
     cases = smoke_cases(source, source, device, progress, max_new_tokens=_SMOKE_NEW_TOKENS)
     failures = [f"{case.name}: {failure}" for case in cases for failure in case.failures]
