@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ from qwen_quant.checkpoint.manifest import read_manifest
 from qwen_quant.checkpoint.reader import file_sha256
 from qwen_quant.errors import GateError, InputError
 from qwen_quant.evaluation.report import read_report
+from qwen_quant.profile import profile_models
+from qwen_quant.profiling.protocol import Cell
 from qwen_quant.progress import no_progress
 from qwen_quant.release import ReleaseJob, ReleaseResult, run_release
+from qwen_quant.releasing import measuring
 from qwen_quant.releasing.settings import load_release
 from tests.support.checkpoints import text_file
+from tests.test_profile import FakeChild
 
 RECIPE = """
 model = "{model}"
@@ -156,8 +162,6 @@ def test_a_kill_between_the_rename_and_the_record_costs_nothing(release: Release
 
 
 def test_a_source_that_changed_is_quantized_again(tmp_path: Path, qwen2_folder: Path) -> None:
-    import shutil
-
     model = shutil.copytree(qwen2_folder, tmp_path / "model")
     job = ReleaseJob(load_release(write_recipe(tmp_path, model)), tmp_path / "work", push=False, until="gptq")
     first = run_release(job, no_progress, lambda text: None)
@@ -167,17 +171,25 @@ def test_a_source_that_changed_is_quantized_again(tmp_path: Path, qwen2_folder: 
     assert "do_sample" in (Path(second.artifact) / "generation_config.json").read_text()
 
 
-def test_profile_bnb_and_another_licence(tmp_path: Path, qwen2_folder: Path) -> None:
-    settings = 'kind = "bnb"\nprofile = "artifact"'
-    recipe = load_release(write_recipe(tmp_path, qwen2_folder, release=settings, profile=PROFILE))
-    job = ReleaseJob(recipe, tmp_path / "work", push=False)
+def test_bnb_with_a_profile(tmp_path: Path, qwen2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = FakeChild(failed=Cell(1, 4))
+    monkeypatch.setattr(measuring, "profile_models", partial(profile_models, ask_child=child))
+    settings = 'kind = "bnb"\nprofile = "both"'
+    job = ReleaseJob(
+        load_release(write_recipe(tmp_path, qwen2_folder, release=settings, profile=PROFILE)),
+        tmp_path / "work",
+        push=False,
+    )
+    failed = run_release(job, no_progress, lambda text: None)
+    assert failed.error is not None and failed.error.exit_code == 1 and statuses(failed)["profile"] == "failed"
+    child.failed = None
     result = run_release(job, no_progress, lambda text: None)
-    assert result.complete, result.error
-    assert statuses(result)["bnb"] == "done" and "gptq" not in statuses(result)
-    profile = json.loads((Path(result.artifact) / "profile.json").read_text())
-    assert [model["folder"] for model in profile["models"]] == [Path(result.artifact).name]
-    settings += '\nlicence = "apache-2.0"'
-    write_recipe(tmp_path, qwen2_folder, release=settings, profile=PROFILE)
-    refused = run_release(ReleaseJob(load_release(recipe.path), tmp_path / "work", push=False), no_progress, print)
+    assert result.complete and statuses(result)["bnb"] == "unchanged" and statuses(result)["profile"] == "done"
+    models = json.loads((Path(result.artifact) / "profile.json").read_text())["models"]
+    assert [model["folder"] for model in models] == ["tiny-qwen2", "tiny-qwen2-bnb-nf4"]
+
+
+def test_another_licence_than_the_recipe_expects_stops_the_release(release: Release) -> None:
+    refused = release(release='profile = "none"\nlicence = "apache-2.0"')
     assert isinstance(refused.error, InputError) and "the recipe expects apache-2.0" in str(refused.error)
-    assert statuses(refused)["profile"] == "unchanged" and statuses(refused)["card"] == "failed"
+    assert statuses(refused)["card"] == "failed"
