@@ -179,7 +179,7 @@ def stop_tokens(artifact: Artifact) -> Iterator[str]:
     try:
         ids = open_tokenizer(artifact).encode(TURN_END)
     except InputError:
-        return  # the rule "tokenizer" says so
+        return  # which the rule "tokenizer" tells
     if len(ids) == 1 and ids[0] not in named and artifact.tokenizer_config.get("eos_token") != TURN_END:
         yield f"the chat template ends turns with {TURN_END} (token {ids[0]}), which is not among the stop tokens"
 
@@ -208,7 +208,7 @@ def chat_template_renders(artifact: Artifact) -> Iterator[str]:
     try:
         text = open_tokenizer(artifact).render(CANARY)
     except InputError:
-        return  # the rule "tokenizer" says so
+        return  # which the rule "tokenizer" tells
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         yield f"the chat template fails on a plain question: {error}"
         return

@@ -64,7 +64,11 @@ def gptq_zeros(artifact: Artifact) -> Iterator[str]:
     """qzeros follow the declared convention: the middle of the grid where sym, never a zero of 0 in v1."""
     bits, layout = _bits(artifact), str(artifact.quantization.get("checkpoint_format", "gptq"))
     for name in _with(artifact, "qzeros"):
-        zeros = _zeros(artifact.reader.read(f"{name}.qzeros"), bits, layout)
+        try:
+            zeros = _zeros(artifact.reader.read(f"{name}.qzeros"), bits, layout)
+        except RuntimeError:
+            yield f"'{name}.qzeros' cannot be unpacked at {bits} bits"
+            continue
         if artifact.quantization.get("sym") is True:
             if bool((zeros != 2 ** (bits - 1)).any()):
                 yield f"'{name}.qzeros' is not {2 ** (bits - 1)} throughout, read as {layout}, though sym is true"

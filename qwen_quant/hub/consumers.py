@@ -101,12 +101,18 @@ def check_consumers(folder: Path) -> tuple[Finding, ...]:
 
     artifact = open_artifact(folder)
     rules = [rule for rule in (*RULES, *TENSOR_RULES) if rule.method in ("", artifact.method)]
-    found = [
-        Finding(rule.name, rule.severity, tuple(rule.consumers), message)
-        for rule in rules
-        for message in rule.check(artifact)
-    ]
+    found = [finding for rule in rules for finding in _findings(rule, artifact)]
     return tuple(sorted(found, key=lambda finding: finding.severity != "error"))
+
+
+def _findings(rule: Rule, artifact: Artifact) -> list[Finding]:
+    """What one rule finds; a folder that it cannot read at all breaks it too."""
+    found, severity = [], rule.severity
+    try:
+        found += list(rule.check(artifact))
+    except InputError as error:
+        found, severity = [*found, str(error)], "error"
+    return [Finding(rule.name, severity, tuple(rule.consumers), message) for message in found]
 
 
 def refuse_errors(folder: Path, findings: Iterable[Finding]) -> None:

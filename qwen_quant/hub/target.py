@@ -60,7 +60,7 @@ class Changes:
 
 def look(session: Session) -> TargetState:
     """The state of the target. Raises what the client raises, except for a repository that is not there."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     api = HfApi()
@@ -69,7 +69,8 @@ def look(session: Session) -> TargetState:
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
-        ask(api.whoami)  # tells a bad token from an absent repository
+        if get_token() is not None:
+            ask(api.whoami)  # tells a bad token from an absent repository
         return TargetState(exists=False)
     refs = ask(lambda: api.list_repo_refs(session.repo_id))
     tags = tuple((ref.name, ref.target_commit) for ref in refs.tags)
