@@ -112,7 +112,8 @@ def measurement(model: str, cell: Cell, answer: dict[str, Any], bandwidth: float
     )
     tokens = min(timing.tokens for timing in timings)
     missing = max(0.0, token_bytes * (cell.context_tokens + cell.new_tokens - 1) - first["cache_bytes"])
-    return Measurement(model, cell, kernel, status, "", tokens, speed, _memory(answer, round(missing)), line)
+    memory = _memory(answer, round(missing))
+    return Measurement(model, cell, kernel, status, "", tokens, speed, memory, line, answer["compile_seconds"])
 
 
 def _speed(cell: Cell, timings: list[Timing], joules: list[float | None], source: str) -> Speed:

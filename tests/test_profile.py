@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from qwen_quant import cli, profile
 from qwen_quant.checkpoint.identity import weights_sha256
@@ -161,6 +162,7 @@ def answer(**changes: Any) -> dict[str, Any]:
     sizes = {"process_bytes": 300, "weights_bytes": 1000, "step_weights_bytes": 900, "device_peak_bytes": None}
     peaks = {"peak_bytes": 4000, "generation_peak_bytes": 3500}
     words = {"status": MEASURED, "reason": "", "kernel": "dense bfloat16", "energy_source": "RAPL package"}
+    words["compile_seconds"] = None
     return {**words, "runs": runs, **sizes, **peaks, **changes}
 
 
@@ -302,6 +304,25 @@ def test_a_stop_token_does_not_end_it(folder: Path) -> None:
     assert run.timing.tokens == 7 and run.cache_tokens == 7
 
 
+def test_compiled_steps_generate_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch, no_limit: None) -> None:
+    """With a compiler that changes nothing: the same tokens from a static cache, and its time reported."""
+    model, ids = load_model(folder), torch.tensor([[5], [9]])
+    compiled = child.Generation(model, ids, "bf16", 6, model.forward)
+    plain, said = child.Generation(model, ids, "bf16", 6), []
+    for _ in range(6):
+        for generation in (compiled, plain):
+            generation.step()
+        said.append((compiled.next.tolist(), plain.next.tolist()))
+    assert all(ours == theirs for ours, theirs in said) and type(compiled.cache) is StaticCache
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: forward)
+    found = child.answer(request(folder, Cell(3, 6, 2), compile=True))
+    assert found["status"] == MEASURED and found["compile_seconds"] > 0 and "torch.compile" in found["kernel"]
+    assert found["runs"][0]["cache_capacity"] == 9 and found["runs"][0]["cache_tokens"] == 8
+    m = measurement("m", Cell(3, 6, 2), found, bandwidth=1e9)
+    assert m.compile_seconds == found["compile_seconds"] and not m.memory.extrapolated
+    assert m.roofline.bytes_per_step < found["step_weights_bytes"] + found["runs"][0]["cache_bytes"]
+
+
 def test_packed_folders_say_what_multiplied_them(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "int4"
     make_artifact(folder, out)
@@ -319,6 +340,7 @@ def test_packed_folders_say_what_multiplied_them(folder: Path, tmp_path: Path) -
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), OOM),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), OOM),
         (OSError(12, "Cannot allocate memory"), OOM),
+        (RuntimeError("unable to mmap 8399168 bytes from file <model.safetensors>: Cannot allocate memory (12)"), OOM),
         (RuntimeError("shapes cannot be multiplied"), FAILED),
         (ValueError("odd"), FAILED),
     ],
@@ -529,6 +551,7 @@ def test_a_failed_cell_is_shown_with_the_others_and_exits_1(
         (("--batch-sizes", "x"), 2, "--batch-sizes"),
         (("--kv-cache", "fp8"), 3, "fp8"),
         (("--runs", "0"), 3, "runs is 0"),
+        (("--compile", "--kv-cache", "int8"), 3, "cache of fixed size"),
         (("--memory-limit", "2 apples"), 2, "2 apples"),
     ],
 )

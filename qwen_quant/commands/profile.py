@@ -53,6 +53,9 @@ MemoryLimit = Annotated[
     typer.Option("--memory-limit", metavar="SIZE", help="out of memory beyond this, e.g. 16GB (what is free)"),
 ]
 ReportFolder = Annotated[Path, typer.Option("--report", metavar="DIR", help="where profile.json, .html and .svg go")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="decode through torch.compile, whose time is reported (needs a C++ compiler)")
+]
 Png = Annotated[bool, typer.Option("--png", help="the plots as .png too (extra: plots)")]
 
 
@@ -69,6 +72,7 @@ def profile(
     dtype: Dtype = "auto",
     threads: Threads = None,
     memory_limit: MemoryLimit = None,
+    compile: Compile = False,
     report: ReportFolder = Path(REPORT_FOLDER),
     png: Png = False,
     force: options.Force = False,
@@ -100,6 +104,7 @@ def profile(
         dtype=dtype,
         threads=threads,
         memory_limit_bytes=None if memory_limit is None else parse_size(memory_limit),
+        compile=compile,
     )
     _check_place(report, force=force)
     if png:
@@ -169,8 +174,9 @@ def _failure(result: ProfileResult) -> QwenQuantError | None:
     if not failed:
         return None
     first = failed[0]
+    rest = "the others are complete; " if len(failed) < len(result.measurements) else ""
     return QwenQuantError(
         f"{len(failed)} of {len(result.measurements)} measurements failed",
         f"{first.model}, {first.cell.label}: {first.reason}",
-        "the others are complete; QWEN_QUANT_DEBUG=1 keeps the traceback of the first in the message",
+        rest + "QWEN_QUANT_DEBUG=1 keeps the traceback of the first in the message",
     )

@@ -11,13 +11,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from qwen_quant.environment import memory_bytes
 from qwen_quant.errors import QwenQuantError
@@ -38,11 +39,12 @@ from qwen_quant.profiling.results import FAILED, MEASURED, OOM
 from qwen_quant.profiling.roofline import read_bandwidth, synchronize
 from qwen_quant.profiling.timing import Timing, time_generation
 from qwen_quant.results import to_json
-from qwen_quant.runtime.decode import filled_storage, preallocated_cache
+from qwen_quant.runtime.decode import compiled_step, filled_storage, next_token, preallocated_cache
 from qwen_quant.runtime.loading import WeightSource, load_model
 from qwen_quant.runtime.native_step import NativeStep, refusal
 from qwen_quant.runtime.quantized_model import bytes_per_token, load_quantized
 
+Step = Callable[..., Any]
 ERROR = "error"
 _DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SEED = 0
@@ -67,17 +69,23 @@ class Run:
 class Generation:
     """Greedy decoding of one batch, one call a token; every call returns when the device is done.
 
-    With the plain cache, models that the native step takes run through it, as in `runtime.decode`.
+    With the plain cache, models that the native step takes run through it, as in `runtime.decode`; `compiled` is the
+    compiled step to take instead, made for a static cache of this batch and length.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, kv_cache: str, new_tokens: int) -> None:
-        self.model, self.next = model, ids
-        self.takes_native = kv_cache == PLAIN and not refusal(model, ids.shape[0])
-        self.cache: Cache = (
-            preallocated_cache(model, ids.shape[1] + new_tokens)
-            if self.takes_native
-            else make_cache(model.config, kv_cache)
-        )
+    def __init__(
+        self, model: PreTrainedModel, ids: Tensor, kv_cache: str, new_tokens: int, compiled: Step | None = None
+    ) -> None:
+        self.model, self.next, self.compiled = model, ids, compiled
+        self.takes_native = compiled is None and kv_cache == PLAIN and not refusal(model, ids.shape[0])
+        capacity = ids.shape[1] + new_tokens
+        self.cache: Cache
+        if compiled is not None:
+            self.cache = StaticCache(model.config, max_cache_len=capacity)
+        elif self.takes_native:
+            self.cache = preallocated_cache(model, capacity)
+        else:
+            self.cache = make_cache(model.config, kv_cache)
         self.native: NativeStep | None = None
         self.position = 0
 
@@ -91,6 +99,9 @@ class Generation:
             self.next = torch.tensor([[self.native(int(self.next), start)]])
             return
         with torch.inference_mode():
+            if self.compiled is not None:
+                self.next = next_token(self.compiled if start else self.model.forward, self.next, self.cache, start)
+                return
             logits = self.model(self.next, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
             self.next = logits[:, -1].argmax(-1, keepdim=True)
         synchronize(self.next.device)
@@ -138,19 +149,25 @@ def measure(folder: Path, cell: Cell, settings: dict[str, Any]) -> dict[str, Any
         (cell.batch_size, cell.context_tokens),
         generator=torch.Generator().manual_seed(_SEED),
     ).to(device)
-    if settings["warmup_tokens"]:
+    compiled, compile_seconds = None, None
+    if settings["compile"]:
+        with torch.inference_mode():
+            compiled, compile_seconds = compiled_step(model, ids, cell.context_tokens + cell.new_tokens)
+        kernel += "; steps by torch.compile"
+    elif settings["warmup_tokens"]:
         warm_up(model, ids, cell, settings["warmup_tokens"])
     seconds, started = settings["max_seconds"], time.monotonic()
     share = None if seconds is None else seconds / settings["runs"]
-    runs = [run(model, ids, cell, share)]
+    runs = [run(model, ids, cell, share, compiled)]
     run_peak = read_peak(device)
     # A prefill is one call that cannot be cut: when it has used up the time, there are fewer runs.
     while len(runs) < settings["runs"] and (seconds is None or time.monotonic() - started < seconds):
-        runs.append(run(model, ids, cell, share))
+        runs.append(run(model, ids, cell, share, compiled))
     return {
         "status": MEASURED,
         "reason": "",
         "kernel": kernel,
+        "compile_seconds": compile_seconds,
         "runs": to_json(runs),
         "energy_source": energy_meter(device).source,
         "process_bytes": process_bytes,
@@ -167,9 +184,11 @@ def warm_up(model: PreTrainedModel, ids: Tensor, cell: Cell, tokens: int) -> Non
         generation.step()
 
 
-def run(model: PreTrainedModel, ids: Tensor, cell: Cell, max_seconds: float | None) -> Run:
+def run(
+    model: PreTrainedModel, ids: Tensor, cell: Cell, max_seconds: float | None, compiled: Step | None = None
+) -> Run:
     """One timed generation with a new cache."""
-    generation, meter = Generation(model, ids, cell.kv_cache, cell.new_tokens), energy_meter(ids.device)
+    generation, meter = Generation(model, ids, cell.kv_cache, cell.new_tokens, compiled), energy_meter(ids.device)
     before = meter.read()
     timing = time_generation(generation.step, generation.step, cell.new_tokens, time.perf_counter, max_seconds)
     joules = joules_between(before, meter.read())

@@ -85,7 +85,9 @@ def out_of_memory_reason(error: BaseException) -> str | None:
     text = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return text or type(error).__name__
-    if isinstance(error, RuntimeError) and re.search(r"can't allocate memory|out of memory|bad_alloc", str(error)):
+    if isinstance(error, RuntimeError) and re.search(
+        r"(can't|[Cc]annot) allocate memory|out of memory|bad_alloc", str(error)
+    ):
         return text
     if isinstance(error, OSError) and error.errno == 12:  # ENOMEM, as mmap gives it
         return text

@@ -38,9 +38,10 @@ def protocol_lines(result: ProfileResult) -> tuple[str, ...]:
     """How it was measured, one fact a line."""
     config = result.config
     where = f"{result.device_name}, {result.device}" + (f", {result.threads} threads" if result.threads else "")
+    dtype = "dtypes: see the kernels" if config.dtype == "auto" else f"dense weights and activations in {config.dtype}"
     rate = result.bandwidth_bytes_per_second
     lines = [
-        f"on: {where}; weights that are not packed and activations in {config.dtype}",
+        f"on: {where}; {dtype}",
         "protocol: context + new tokens, length enforced, tokens/s over all new tokens; "
         f"{config.runs} run{'s' if config.runs > 1 else ''} of each cell after {config.warmup_tokens} warm-up tokens, "
         "the median shown; every cell in a fresh process",
@@ -51,6 +52,11 @@ def protocol_lines(result: ProfileResult) -> tuple[str, ...]:
             "was measured to read"
         )
     lines += [f"kernel: {name}: {kernel}" for name, kernel in _kernels(result).items()]
+    lines += [
+        f"torch.compile: {m.model}, {m.cell.label}: {format_seconds(m.compile_seconds)} to compile, not timed"
+        for m in result.measurements
+        if m.compile_seconds is not None
+    ]
     if any(m.extrapolated for m in result.measurements):
         lines.append("~ extrapolated: --max-seconds stopped the generation early (see the warnings)")
     sources = {m.speed.energy_source for m in result.measurements if m.speed and m.speed.joules_per_token is None}

@@ -53,6 +53,7 @@ class ProfileConfig:
         device: "auto", "cpu" or "cuda". dtype: of dense weights and of activations; "auto":
             BF16, and for packed models what the hardware multiplies (FP32 on a CPU without BF16 instructions).
         threads: of the CPU; None: torch's own choice.
+        compile: decode through torch.compile, whose time is reported and not counted; with the plain cache only.
         memory_limit_bytes: what one measurement may allocate; None: what is free when it starts (CPU only).
     """
 
@@ -67,6 +68,7 @@ class ProfileConfig:
     dtype: str = "auto"
     threads: int | None = None
     memory_limit_bytes: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured (InputError naming the value)."""
@@ -84,6 +86,12 @@ class ProfileConfig:
                 raise InputError(f"{name} is {value}", next_step=f"use a whole number from {least}")
         if self.max_seconds is not None and not (math.isfinite(self.max_seconds) and self.max_seconds > 0):
             raise InputError(f"max_seconds is {self.max_seconds}", next_step="use a number above 0")
+        if self.compile and set(self.kv_caches) != {"bf16"}:
+            raise InputError(
+                "torch.compile needs a cache of fixed size",
+                f"kv_cache is {', '.join(self.kv_caches)}, and only bf16 has one",
+                "leave out --kv-cache or --compile",
+            )
         for name, word, known in (
             *(("kv_cache", kind, KV_CACHES) for kind in self.kv_caches),
             ("device", self.device, DEVICES),

@@ -106,6 +106,7 @@ class Measurement:
     Attributes:
         model: its name in ProfileResult.models. kernel: what multiplied the weights, in words.
         status: "measured", "oom" (a result: the figures are None) or "failed"; reason says why.
+        compile_seconds: what torch.compile took before anything was timed; None without it.
         measured_tokens: new tokens a row of the shortest run; fewer than cell.new_tokens: figures are extrapolated.
     """
 
@@ -118,6 +119,7 @@ class Measurement:
     speed: Speed | None
     memory: Memory | None
     roofline: Roofline | None
+    compile_seconds: float | None = None
 
     @property
     def extrapolated(self) -> bool:

@@ -137,16 +137,16 @@ def decode(
         why_not = "torch.compile" if compiled else refusal(model, ids.shape[0])
         step, compile_seconds = model.forward, 0.0
         if compiled:
-            step, compile_seconds = _compiled_step(model, ids, capacity)
+            step, compile_seconds = compiled_step(model, ids, capacity)
         cache = StaticCache(model.config, max_cache_len=capacity) if compiled else preallocated_cache(model, capacity)
         started = time.perf_counter()
-        token = _next_token(model.forward, ids, cache, 0)
+        token = next_token(model.forward, ids, cache, 0)
         native = None if why_not else NativeStep(model, filled_storage(cache))
         tokens, times = [token], [time.perf_counter()]
         for count in range(1, new_tokens):
             position = ids.shape[1] + count - 1
             if native is None:
-                token = _next_token(step, token, cache, position)
+                token = next_token(step, token, cache, position)
             else:
                 token = torch.tensor([[native(int(token), position)]])
             tokens.append(token)
@@ -165,7 +165,7 @@ def filled_storage(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     return [layer.storage for layer in layers if layer.storage is not None]
 
 
-def _next_token(step: Callable[..., Any], ids: Tensor, cache: Any, position: int) -> Tensor:
+def next_token(step: Callable[..., Any], ids: Tensor, cache: Any, position: int) -> Tensor:
     """int64 [batch, 1]: the likeliest token after `ids`, whose first stands at `position`."""
     positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
     output = step(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=1)
@@ -175,11 +175,11 @@ def _next_token(step: Callable[..., Any], ids: Tensor, cache: Any, position: int
     return token
 
 
-def _compiled_step(model: PreTrainedModel, ids: Tensor, capacity: int) -> tuple[Callable[..., Any], float]:
-    """The compiled forward pass of one token, and the seconds its compilation took."""
+def compiled_step(model: PreTrainedModel, ids: Tensor, capacity: int) -> tuple[Callable[..., Any], float]:
+    """The forward pass of one token a row, compiled for a StaticCache of `capacity` tokens, and the seconds it took."""
     step = torch.compile(model.forward, dynamic=False)
     cache = StaticCache(model.config, max_cache_len=capacity)
     started = time.perf_counter()
     for position in range(2):
-        _next_token(step, ids[:, :1], cache, position)
+        next_token(step, ids[:, :1], cache, position)
     return step, time.perf_counter() - started
