@@ -272,8 +272,9 @@ def test_a_later_commit_replaces_a_folder_only_by_force(
     download_repo(job)
     (folder / "notes.txt").write_text("mine")
     source = use(monkeypatch, Memory(files={"model.safetensors": b"new", "config.json": b"{}"}, commit=LATER))
-    with pytest.raises(InputError, match=f"commit {COMMIT}"):
-        download_repo(job)
+    for other in (job, DownloadJob("org/other", local_dir=folder)):
+        with pytest.raises(InputError, match=f"'org/name' at commit {COMMIT}"):
+            download_repo(other)
     assert source.opened == [] and (folder / "old.json").exists()
     download_repo(DownloadJob("org/name", local_dir=folder, force=True))
     kept = {path.name for path in folder.iterdir()}

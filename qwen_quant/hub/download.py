@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -267,9 +266,8 @@ def _partial_bytes(store: Store, file: RemoteFile) -> int:
 
 def _in_parallel(files: list[RemoteFile], work: Callable[[RemoteFile], T], run: Transfer) -> list[T]:
     """`work` of every file, in their order; the first failure (or Ctrl-C) stops the others and is raised."""
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="download") as pool, ExitStack() as stack:
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="download") as pool:
         futures = [pool.submit(work, file) for file in files]
-        stack.callback(run.stop.clear)
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:

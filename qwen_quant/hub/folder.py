@@ -32,7 +32,7 @@ def check_place(name: str, run: Transfer, missing: list[RemoteFile], *, force: b
         return
     old = read_listing(store.state / FOLDER_RECORD)
     complete = bool(read_state(store.state / FOLDER_RECORD).get("complete"))
-    if old is not None and complete and (old.repo, old.commit) != (new.repo, new.commit):
+    if old is not None and (old.repo != new.repo or (complete and old.commit != new.commit)):
         raise InputError(
             f"{store.root} holds '{old.repo}' at commit {old.commit}",
             f"'{name}' is now at commit {new.commit}",
@@ -58,9 +58,10 @@ def record(run: Transfer, *, complete: bool) -> None:
             _remove_stale(run)
         write_state(store.state / FOLDER_RECORD, value)
         return
-    write_state(store.state / f"{listing.commit}.json", value)
-    if complete and listing.revision != listing.commit:
-        offline.write_ref(cache_root(listing.repo), listing.revision, listing.commit)
+    if complete:
+        write_state(store.state / f"{listing.commit}.json", value)
+        if listing.revision != listing.commit:
+            offline.write_ref(cache_root(listing.repo), listing.revision, listing.commit)
 
 
 def _remove_stale(run: Transfer) -> None:

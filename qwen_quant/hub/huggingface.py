@@ -21,6 +21,15 @@ from qwen_quant.hub.plan_files import Listing, RemoteFile
 from qwen_quant.hub.transport import Body, Broken, http_body
 
 _LOG = logging.getLogger(__name__)
+# Bytes of received parts that wait for their turn: of all files, of one, at most; and what is asked for ahead.
+_XET_SETTINGS = {
+    "reconstruction.download_buffer_size": 96_000_000,
+    "reconstruction.download_buffer_perfile_size": 24_000_000,
+    "reconstruction.download_buffer_limit": 192_000_000,
+    "reconstruction.min_prefetch_buffer": 64_000_000,
+    "reconstruction.min_reconstruction_fetch_size": 64_000_000,
+    "reconstruction.max_reconstruction_fetch_size": 256_000_000,
+}
 _XET_ERRORS = (RuntimeError, ValueError, OSError)
 
 
@@ -124,7 +133,7 @@ def _connect(token_url: str) -> Any:
     hf_raise_for_status(reply)
     grant = reply.json()
     check_storage(str(grant["casUrl"]), token_url)
-    return hf_xet.XetSession().new_download_stream_group(
+    return hf_xet.XetSession(_bounded(hf_xet.XetConfig())).new_download_stream_group(
         endpoint=grant["casUrl"],
         token=grant["accessToken"],
         token_expiry_unix_secs=int(grant["exp"]),
@@ -132,6 +141,12 @@ def _connect(token_url: str) -> Any:
         token_refresh_headers=headers,
         custom_headers={key: value for key, value in headers.items() if key.lower() != "authorization"},
     )
+
+
+def _bounded(config: Any) -> Any:
+    """hf_xet's settings with small buffers: its own let one download take several GB of memory."""
+    known = set(config.keys())
+    return config.with_config({key: value for key, value in _XET_SETTINGS.items() if key in known})
 
 
 def check_storage(storage: str, hub: str) -> None:

@@ -77,7 +77,7 @@ class ModelScope:
     def failure(self, name: str, error: BaseException) -> QwenQuantError:
         """The client's exception as ours, in ModelScope's terms."""
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        said = redact(str(getattr(error, "server_message", None) or "")).splitlines()
+        said = _said(error)
         page = f"{endpoint()}/models/{name.partition('@')[0]}"
         what = f"cannot fetch '{name}' from ModelScope"
         if status in (401, 403):
@@ -85,9 +85,7 @@ class ModelScope:
                 what, f"it refuses (HTTP {status})", f"set MODELSCOPE_API_TOKEN to a token that may read {page}"
             )
         if status == 404:
-            return NetworkError(
-                what, said[0] if said else "no such model or revision", f"check name and revision: {page}"
-            )
+            return NetworkError(what, said or "no such model or revision", f"check name and revision: {page}")
         return hub_failure("fetch", name, error)
 
     def close(self) -> None:
@@ -97,6 +95,17 @@ class ModelScope:
 def _headers() -> dict[str, str]:
     token = os.environ.get("MODELSCOPE_API_TOKEN", "").strip()
     return {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"} if token else {}
+
+
+def _said(error: BaseException) -> str:
+    """The first line of the message in a refusal's body, which is JSON; empty when there is none."""
+    response: Any = getattr(error, "response", None)
+    try:
+        value = response.json() if response is not None else None
+    except (ValueError, RuntimeError):  # RuntimeError: the body of a stream was not read.
+        return ""
+    lines = redact(str(value.get("Message") or "")).splitlines() if isinstance(value, dict) else []
+    return lines[0] if lines else ""
 
 
 def _data(repo: str, reply: Any) -> dict[str, Any]:

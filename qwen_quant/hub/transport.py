@@ -5,6 +5,7 @@ Requests go through the hub client's own HTTP session, so that proxies, certific
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import threading
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from qwen_quant.errors import QwenQuantError
-from qwen_quant.hub.failures import client_errors
+from qwen_quant.hub.failures import client_errors, redact
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from qwen_quant.hub.plan_files import Listing, RemoteFile
 
+_LOG = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 LONGEST_WAIT_SECONDS = 300.0
@@ -128,6 +130,7 @@ def patiently(call: Callable[[], T], policy: RetryPolicy, stop: threading.Event)
             failures += 1
             if failures >= policy.attempts or not is_passing(error):
                 raise
+            _LOG.warning("no answer yet (%s): trying again", redact(str(error)).partition("\n")[0])
             pause(wait_seconds(error, failures, policy), stop)
 
 
