@@ -29,6 +29,7 @@ LOCATIONS = {
     "bf16": "qwen_quant.export.dense:BF16",
     "f16": "qwen_quant.export.dense:F16",
     "f32": "qwen_quant.export.dense:F32",
+    "mlx": "qwen_quant.export.mlx:MLX",
 }
 
 

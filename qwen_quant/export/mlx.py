@@ -1,0 +1,214 @@
+"""MLX folders ("affine" quantization): the same codes and groups, with FP32 scales and biases.
+
+Tensors of one linear [out, in] with G groups of consecutive columns:
+
+    weight  uint32 [out, in * bits / 32]   exactly `PackedRows.stream` as 32-bit words
+    scales  FP32   [out, G]
+    biases  FP32   [out, G]                -zero * scale
+
+MLX computes code * scale + bias. In FP32 both terms and their sum are exact for FP16 and BF16 scales, so the weights
+are those of the source, bit for bit.  mlx-lm keeps the routed experts of a block in stacks, `mlp.switch_mlp.*`
+[experts, ...], and looks for quantized experts only under those names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, PlannedWriter, plan_shards
+from qwen_quant.export import checks
+from qwen_quant.export.folder import COMMIT_BYTES, REST_DTYPES, _write_kept, items, kept_dtype
+from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
+from qwen_quant.progress import ProgressFn
+from qwen_quant.resume import write_json_atomically
+
+if TYPE_CHECKING:
+    from qwen_quant.export.source import ExportSource
+
+SUFFIXES = ("weight", "scales", "biases")
+GROUP_SIZES = (32, 64, 128)
+BITS = (2, 3, 4, 8)
+FAMILIES = ("qwen", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+_EXPERT = re.compile(r"(?P<mlp>.*\.mlp)\.experts\.(?P<index>\d+)\.(?P<linear>\w+)")
+_ROUNDING = 2.0**-20  # of the largest scale times code: FP32 products of FP32 scales are rounded
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a linear goes: the module's name in the file, and its index in a stack of `stack` experts (0: no stack)."""
+
+    module: str
+    index: int
+    stack: int
+
+
+def _place(source: ExportSource, name: str) -> _Place:
+    found = _EXPERT.fullmatch(name)
+    if found is None:
+        return _Place(name, 0, 0)
+    return _Place(f"{found['mlp']}.switch_mlp.{found['linear']}", int(found["index"]), source.spec.expert_count)
+
+
+def _specs(source: ExportSource, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Suffix -> (dtype, shape) of one linear, without a stack."""
+    (out, width), groups = source.shape(name), source.groups(name)
+    words = (out, width * source.facts.bits // 32)
+    return dict(
+        zip(
+            SUFFIXES,
+            ((torch.uint32, words), (torch.float32, (out, groups)), (torch.float32, (out, groups))),
+            strict=True,
+        )
+    )
+
+
+def tensors_of(source: ExportSource, name: str) -> dict[str, Tensor]:
+    """Suffix -> tensor of one linear."""
+    packed = source.packed(name)
+    scales = packed.grid.scales.float()
+    return {
+        "weight": packed.stream.view(torch.uint32),
+        "scales": scales.contiguous(),
+        "biases": (-packed.grid.zeros.float() * scales).contiguous(),
+    }
+
+
+def _check(source: ExportSource) -> list[Inexact]:
+    facts, family = source.facts, source.spec.config.get("model_type", "")
+    found = [
+        *checks.bits(source, BITS, "MLX has no such width"),
+        *checks.group_size(source, GROUP_SIZES),
+        *checks.act_order(source, "MLX groups are consecutive columns"),
+        *checks.ragged(source, "MLX groups are equal"),
+    ]
+    if facts.wide_scales and facts.scale_dtype == torch.float32:
+        error = facts.largest_scale * 2**facts.bits * _ROUNDING
+        found.append(
+            Inexact("FP32 scales", "code * scale is rounded in FP32", "--format f32", error, len(facts.wide_scales))
+        )
+    if family not in FAMILIES:
+        why = "mlx-lm stores 1 + norm and another order of the convolution, which is not exact in BF16"
+        found.append(Inexact(f"family {family}", why, "--format gptq, awq or compressed-tensors"))
+    return found
+
+
+def _shards(source: ExportSource, options: ExportOptions) -> tuple[PlannedShard, ...]:
+    linears, planned = set(source.linears), []
+    for name in items(source):
+        if name not in linears:
+            planned.append(PlannedTensor(name, kept_dtype(source, name, options), source.reader.info(name).shape))
+            continue
+        place = _place(source, name)
+        if place.index == 0:
+            for suffix, (dtype, shape) in _specs(source, name).items():
+                stacked = (place.stack, *shape) if place.stack else shape
+                planned.append(PlannedTensor(f"{place.module}.{suffix}", dtype, stacked))
+    return plan_shards(planned, options.max_shard_size_bytes)
+
+
+def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
+    shards = _shards(source, options)
+    notes: tuple[str, ...] = ()
+    if source.spec.config.get("model_type") == "qwen":
+        notes = ("mlx-lm has no dynamic NTK and no LogN: the model is exact up to its seq_length",)
+    return ExportPlan(sum(shard.nbytes for shard in shards), len(shards), source.dropped, notes)
+
+
+def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
+    """Write every linear and kept tensor; continues after the item that `target.state` counts last."""
+    linears, names = set(source.linears), items(source)
+    done, pending = int(target.state.get("items_done", 0)), 0
+    writer = PlannedWriter(target.folder, _shards(source, options))
+    try:
+        for k, name in enumerate(names):
+            progress("writing", k, len(names))
+            if name not in linears:
+                if k < done:
+                    writer.mark_written([name])
+                    continue
+                pending += _write_kept(source, writer, name, kept_dtype(source, name, options))
+            else:
+                pending += _write_linear(source, writer, name, known=k < done)
+            if pending >= COMMIT_BYTES:
+                writer.sync()
+                target.commit({"items_done": k + 1})
+                pending = 0
+        writer.finish()
+    finally:
+        writer.close()
+    _write_config(source, target.folder, options)
+
+
+def _write_linear(source: ExportSource, writer: PlannedWriter, name: str, *, known: bool) -> int:
+    """Write one linear to its place (unless an earlier run did); returns its bytes."""
+    place, count = _place(source, name), 0
+    tensors = {} if known else tensors_of(source, name)
+    for suffix, tensor in tensors.items():
+        writer.write_bytes(f"{place.module}.{suffix}", place.index * tensor.nbytes, tensor)
+        count += tensor.nbytes
+    if place.index + 1 >= place.stack:
+        for suffix in SUFFIXES:
+            writer.finish_parts(f"{place.module}.{suffix}")
+    return count
+
+
+def _write_config(source: ExportSource, folder: Path, options: ExportOptions) -> None:
+    """config.json as mlx-lm writes it. `rope_theta` stands at the top, or mlx-lm takes 1e6 in silence."""
+    facts = source.facts
+    settings: dict[str, Any] = {"group_size": facts.group_size, "bits": facts.bits, "mode": "affine"}
+    config = {key: value for key, value in source.spec.config.items() if key not in ("auto_map", "quantization_config")}
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None:
+        config.setdefault("rope_theta", theta)
+    if options.rest is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(REST_DTYPES[options.rest]).removeprefix("torch.")
+    write_json_atomically(
+        folder / "config.json", {**config, "quantization": settings, "quantization_config": {**settings}}
+    )
+
+
+def _as_torch(array: Any) -> Tensor:
+    """An MLX array, bit for bit; numpy has no BF16, so it goes through 16-bit integers."""
+    core = require("mlx.core", "mlx", "mlx")
+    if array.dtype == core.bfloat16:
+        return torch.from_numpy(np.array(array.view(core.uint16)).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))
+
+
+def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
+    core = require("mlx.core", "mlx", "mlx")
+    facts, arrays = source.facts, {}
+    for path in sorted(folder.glob("*.safetensors")):
+        arrays.update(core.load(str(path)))  # lazy: a tensor is read when it is needed
+    with core.stream(core.cpu):
+        for name in source.linears:
+            place = _place(source, name)
+            parts = [arrays[f"{place.module}.{suffix}"] for suffix in SUFFIXES]
+            parts = [part[place.index] for part in parts] if place.stack else parts
+            yield Piece(name, _as_torch(core.dequantize(*parts, group_size=facts.group_size, bits=facts.bits)))
+        for name in source.kept:
+            yield Piece(name, _as_torch(arrays[name]))
+
+
+MLX = Format(
+    name="mlx",
+    summary="MLX affine: FP32 scales and biases, consecutive groups, symmetric or not",
+    runtimes=("mlx-lm",),
+    extra="mlx",
+    check=_check,
+    plan=_plan,
+    write=_write,
+    read_back=_read_back,
+    read_with=lambda: f"mlx {metadata.version('mlx')}",
+    rests=tuple(REST_DTYPES),
+    packages=("mlx.core",),
+)
