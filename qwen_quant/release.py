@@ -186,7 +186,8 @@ class _Run:
                 self.error = error
                 self._failed(stage, str(error))
             except BaseException as error:
-                self._failed(stage, f"{type(error).__name__}: {error}")
+                name = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+                self._failed(stage, f"{name}: {error}" if str(error) else name)
                 self._write(number + 1)
                 raise
             if self.error is not None or stage.name == self.job.until:

@@ -185,6 +185,8 @@ def test_a_source_that_is_not_here_is_not_predicted(tmp_path: Path) -> None:
     rows = {row.name: row for row in plan_release(job).stages}
     assert rows["gptq"].prediction.seconds is None
     assert "the source is not here yet" in rows["gptq"].prediction.why
+    assert rows["download"].prediction.output_bytes is None
+    assert "the hub does not say" in rows["download"].prediction.why
 
 
 def test_the_workflow_fits_its_schema_and_names_every_recipe() -> None:

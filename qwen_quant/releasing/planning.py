@@ -10,14 +10,20 @@ from pathlib import Path
 
 from qwen_quant import bnb_plan
 from qwen_quant.environment import free_disk_bytes, memory_bytes
+from qwen_quant.errors import QwenQuantError
+from qwen_quant.hub.download import SOURCES, parse_repo
+from qwen_quant.hub.failures import client_errors
+from qwen_quant.hub.plan_files import select
 from qwen_quant.plan import make_plan
 from qwen_quant.releasing.making import DOWNLOAD, artifact_folder, bnb_job, gptq_job, local_source
 from qwen_quant.releasing.records import Record, file_facts, read_record, why_run
+from qwen_quant.releasing.settings import ReleaseRecipe
 from qwen_quant.releasing.stage import Context, Stage
 from qwen_quant.units import format_bytes, format_seconds
 
 WOULD_RUN, UNCHANGED, LEFT_OUT, NOT_ASKED = "would run", "unchanged", "left out", "not asked for"
 NOT_PREDICTED = "not predicted"
+_UNTOLD = "the hub does not say what it would fetch ({})"
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def _predict(stage: Stage, context: Context) -> Prediction:
 def _predict_download(context: Context) -> Prediction:
     """A local folder is only hashed, which happens here and now: later stages need to know what it holds."""
     if local_source(context.recipe.model) is None:
-        return Prediction(why="the rate of the connection is not known")
+        return _predict_fetch(context.recipe)
     inputs = DOWNLOAD.inputs(context)
     made = DOWNLOAD.run(context, inputs, lambda label, done, total: None)
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -129,6 +135,21 @@ def _predict_download(context: Context) -> Prediction:
         "download", inputs, str(made.folder), facts, (), made.figures, made.summary, 0.0, now
     )
     return Prediction(disk_bytes=0, output_bytes=0, why="nothing is fetched: the files are hashed")
+
+
+def _predict_fetch(recipe: ReleaseRecipe) -> Prediction:
+    """The size of what would be fetched, where the hub answers; what is in its cache already counts too."""
+    repo, revision = parse_repo(recipe.model)
+    hub = SOURCES[recipe.release.source]()
+    try:
+        size = select(hub.listing(repo, revision)).size
+    except QwenQuantError as error:
+        return Prediction(why=_UNTOLD.format(error))
+    except client_errors() as error:
+        return Prediction(why=_UNTOLD.format(hub.failure(recipe.model, error)))
+    finally:
+        hub.close()
+    return Prediction(disk_bytes=size, output_bytes=size, why="the rate of the connection is not known")
 
 
 def _predict_gptq(context: Context, stage: Stage) -> Prediction:
