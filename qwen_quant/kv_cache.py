@@ -16,6 +16,7 @@ tokens will see; nothing dequantized outlives the layer's attention. Storage gro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from qwen_quant.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 GROWTH_TOKENS = 256
 DEFAULT_SCHEME = "int8"
@@ -278,7 +281,8 @@ class Int8Layer(CacheLayerMixin):
 class Int8Cache(Cache):
     """A model's cache with Int8 keys and values: give it as `past_key_values` to a model or to `generate`.
 
-    Attention layers hold codes; layers of a hybrid model without keys and values keep transformers' own cache.
+    Attention layers hold codes; layers of a hybrid model without keys and values keep transformers' own cache. More
+    tokens than config.json has positions are held, as in the plain cache, and logged as a warning once.
 
     Errors: InputError for an unknown scheme, a model without attention layers, or a layer of a kind that is not known.
     """
@@ -288,10 +292,21 @@ class Int8Cache(Cache):
             raise InputError(f"unknown cache scheme {scheme!r}", "", f"choose one of {', '.join(SCHEMES)}")
         self.scheme = scheme
         super().__init__(layers=[_int8_layer(layer, scheme) for layer in DynamicCache(config=config).layers])
+        self._positions: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         if not any(isinstance(layer, Int8Layer) for layer in self.layers):
             raise InputError(
                 f"model_type {config.model_type!r} has no attention layers", "there is nothing to cache in int8"
             )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add states of layer `layer_idx`: all its keys and values, as `Int8Layer.update`."""
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._positions is not None and keys.shape[2] > self._positions:
+            logger.warning("the cache holds %d tokens, the model has %d positions", keys.shape[2], self._positions)
+            self._positions = None
+        return keys, values
 
     def layer_past(self, layer: int) -> LayerPast:
         """Layer `layer` as the original lays it out: ((key codes, scale, zero), (value codes, scale, zero)), views.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -335,3 +336,18 @@ def test_bad_input() -> None:
         Int8Layer().update(torch.zeros(1, 1, 1, 4).double(), torch.zeros(1, 1, 1, 4).double())
     with pytest.raises(InputError, match="no layer_past"):
         Int8Cache(config).layer_past(0)
+
+
+def test_more_tokens_than_positions_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model("qwen2", tied=True, max_position_embeddings=10)
+    cache, plain = Int8Cache(model.config), DynamicCache(config=model.config)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        model(ids(1, 10), past_key_values=cache)
+        assert not caplog.records
+        for seed in (1, 2):
+            model(ids(1, 1, seed), past_key_values=cache)
+        model(ids(1, 12), past_key_values=plain)
+    assert [record.getMessage() for record in caplog.records if record.name == "qwen_quant.kv_cache"] == [
+        "the cache holds 11 tokens, the model has 10 positions"
+    ]
+    assert cache.get_seq_length() == plain.get_seq_length() == 12
