@@ -5,6 +5,7 @@ The list of files to send is an allow-list: exactly what the manifest names, the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from qwen_quant.verify import Problem, VerifyResult, check_verified, verify_fold
 CARD_FILE = "README.md"
 _REFUSED = (*PICKLE_PATTERNS, "*.pkl", "*.pickle", "*.joblib", "*.py", "*.so", "*.dll")
 _SMOKE_NEW_TOKENS = 16
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 def check_artifact(folder: Path, progress: ProgressFn, *, will_sign: bool) -> VerifyResult:
@@ -113,6 +115,7 @@ def upload_files(folder: Path, *, sealed: bool = True) -> tuple[UploadFile, ...]
     recorded: dict[str, str] = read_manifest(folder)["output"]["sha256"]
     extra = [name for name in (MANIFEST_FILE, SIGNATURE_FILE) if (folder / name).is_file()]
     _check_names([*recorded, *extra])
+    check_secrets(folder)
     hashes = {**recorded, **{name: file_sha256(folder / name) for name in extra}}
     if not sealed:
         hashes |= {name: file_sha256(folder / name) for name in SEALABLE if (folder / name).is_file()}
@@ -120,6 +123,18 @@ def upload_files(folder: Path, *, sealed: bool = True) -> tuple[UploadFile, ...]
         UploadFile(name, (folder / name).absolute(), (folder / name).stat().st_size, hashes[name])
         for name in sorted(hashes)
     )
+
+
+def check_secrets(folder: Path) -> None:
+    """Card, reports and manifest hold no token of the hub (InputError naming the file, not the token)."""
+    for name in (*SEALABLE, MANIFEST_FILE):
+        path = folder / name
+        if path.is_file() and _TOKEN.search(path.read_text(encoding="utf-8", errors="replace")):
+            raise InputError(
+                f"{path} holds what looks like a token of the hub",
+                "everybody could read it there",
+                "remove it, and revoke that token where it was real",
+            )
 
 
 def _check_names(names: Sequence[str]) -> None:
