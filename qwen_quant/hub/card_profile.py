@@ -43,7 +43,6 @@ class CardProfile:
     device: str
     device_name: str
     threads: int
-    dtype: str
     versions: dict[str, str]
     cells: tuple[CardCell, ...]
 
@@ -68,7 +67,6 @@ def read_card_profile(path: Path, artifact_sha256: str, source_sha256: str) -> C
             str(document["device"]),
             str(document["device_name"]),
             int(document["threads"]),
-            str(document["config"]["dtype"]),
             {str(name): str(version) for name, version in document["versions"].items()},
             tuple(sorted(cells, key=lambda cell: cell.quantized)),
         )

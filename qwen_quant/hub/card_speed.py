@@ -13,7 +13,6 @@ from qwen_quant.profiling.results import MEASURED, OOM
 
 PLAIN_CACHE = "bf16"
 _ABSENT = "-"
-_DTYPES = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
 Show = Callable[[CardCell, str], str]
 
 
@@ -147,10 +146,14 @@ def _hardware(profile: CardProfile, language: str) -> str:
     where = say(language, "threads", threads=profile.threads) if profile.threads else say(language, "gpu")
     names = ("qwen-quant", "torch", "transformers")
     versions = ", ".join(f"{name} {escape(profile.versions[name])}" for name in names if name in profile.versions)
-    dtype = _DTYPES.get(profile.dtype, escape(profile.dtype))
-    return say(language, "hardware", device=escape(profile.device_name), where=where, dtype=dtype, versions=versions)
+    return say(language, "hardware", device=escape(profile.device_name), where=where, versions=versions)
 
 
 def _kernels(facts: CardFacts, profile: CardProfile, language: str) -> list[str]:
-    kernel = next((row.kernel for row in profile.cells if row.quantized and row.kernel), "")
-    return [say(language, "kernel", label=facts.label, kernel=escape(kernel))] if kernel else []
+    """What multiplied the weights of each model, in profile's words."""
+    found = {row.quantized: row.kernel for row in reversed(profile.cells) if row.kernel}
+    labels = {False: facts.baseline_label, True: facts.label}
+    lines = [
+        say(language, "kernel", label=labels[quantized], kernel=escape(found[quantized])) for quantized in sorted(found)
+    ]
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
