@@ -257,6 +257,14 @@ def test_refused_by_the_hub(push: Pusher, artifact: Path, tmp_path: Path) -> Non
         assert not hub.exists(REPO)
 
 
+def test_a_tag_on_an_earlier_commit_with_the_same_files_is_fine(push: Pusher, tmp_path: Path) -> None:
+    with serve_hub(tmp_path / "hub", mode="lfs") as hub:
+        document, _ = push(hub, "--tag", "v1")
+        hub.add_commit(REPO, {"note.txt": b"somebody else's"})
+        again, _ = push(hub, "--tag", "v1")
+        assert (again["outcome"], again["commit"]) == ("unchanged", document["commit"])
+
+
 def test_a_tag_is_not_moved(push: Pusher, artifact: Path, tmp_path: Path) -> None:
     with serve_hub(tmp_path / "hub", mode="lfs") as hub:
         push(hub, "--tag", "v1")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from qwen_quant.hub.transport import RetryPolicy, is_passing, pause, wait_second
 from qwen_quant.hub.xet_upload import upload_xet
 from qwen_quant.progress import ProgressFn
 
+_LOG = logging.getLogger(__name__)
 CARD_FILE = "README.md"
 ID_LINE = "qwen-quant-push: "
 _POLICY = RetryPolicy(attempts=6, first_wait_seconds=1.0)
@@ -85,8 +87,16 @@ def upload_contents(session: Session, files: Sequence[UploadFile], progress: Pro
     for start in range(0, len(files), _BATCH):
         modes |= _modes(session, files[start : start + _BATCH])
     large = [file for file in files if modes[file.name] == "lfs"]
+    if large and is_xet_available():
+        try:
+            upload_xet(session, large, progress)
+            return modes
+        except client_errors() as error:
+            if _status(error) != 404:
+                raise
+            _LOG.warning("the hub has no Xet storage: uploading by LFS")
     if large:
-        (upload_xet if is_xet_available() else upload_lfs)(session, large, progress)
+        upload_lfs(session, large, progress)
     return modes
 
 

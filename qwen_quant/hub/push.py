@@ -213,10 +213,22 @@ def _check_tag(job: PushJob, state: TargetState, commit: str | None) -> None:
         )
 
 
+def _tagged_or_head(job: PushJob, session: Session, files: Sequence[UploadFile], state: TargetState) -> str:
+    """The commit of a push that has nothing to do: the head, or an earlier one with these files that has the tag."""
+    tagged = dict(state.tags).get(job.tag or "")
+    if tagged is not None and tagged != state.head and not differing(files, files_at(session, tagged)):
+        return tagged
+    _check_tag(job, state, state.head)
+    return str(state.head)
+
+
 def _planned(job: PushJob, session: Session, files: Sequence[UploadFile], state: TargetState) -> _Published:
     """What a push would do."""
     found = changes(session, files, state)
-    _check_tag(job, state, None if found.upload or found.delete else state.head)
+    if found.upload or found.delete:
+        _check_tag(job, state, None)
+    elif state.head:
+        _tagged_or_head(job, session, files, state)
     return _Published(Committed(""), "dry run", tuple(file.name for file in found.upload), found.delete)
 
 
@@ -231,8 +243,7 @@ def _publish(job: PushJob, session: Session, checked: _Checked, state: TargetSta
             return _Published(earlier, "found")
     found = changes(session, checked.files, state)
     if not found.upload and not found.delete and state.head:
-        _check_tag(job, state, state.head)
-        return _Published(Committed(state.head), "unchanged")
+        return _Published(Committed(_tagged_or_head(job, session, checked.files, state)), "unchanged")
     _check_tag(job, state, None)
     check_card(session, found.upload)
     modes = upload_contents(session, found.upload, progress)
