@@ -58,10 +58,11 @@ from qwen_quant.sequential import quantize_checkpoint
 model, samples, length, asymmetric, run = Path(sys.argv[1]), *map(int, sys.argv[2:6])
 job = QuantizeJob(model, model.parent / "out", GPTQConfig(asymmetric_calibration=bool(asymmetric)),
                   CalibrationConfig("bundled", samples, length), RunConfig(device="cpu", force=True), "synthetic")
+start = peak_rss_bytes()
 ready = prepare(job, writing=False)
-start, need, bound = peak_rss_bytes(), ready.footprint, bound_bytes(ready)
-result = {"interpreter_bytes": start, "bound_bytes": bound, "predicted_bytes": need.peak_memory_bytes - start,
-          "hidden_state_bytes": need.hidden_state_bytes, "output_bytes": need.output_bytes, "tokens": samples * length}
+need, bound = ready.footprint, bound_bytes(ready)
+result = {"interpreter_bytes": start, "bound_bytes": bound,
+          "predicted_bytes": need.peak_memory_bytes - need.interpreter_bytes, "hidden_state_bytes": need.hidden_state_bytes, "output_bytes": need.output_bytes, "tokens": samples * length}
 if run:
     del ready
     done = quantize_checkpoint(job, lambda *a: None)

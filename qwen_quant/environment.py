@@ -74,7 +74,13 @@ class Environment:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far, in bytes (Linux counts in KiB, macOS in bytes)."""
+    """Largest resident set of this process so far, in bytes.
+
+    VmHWM where there is /proc: ru_maxrss of a process that was started by a larger one begins at that one's size.
+    """
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,11 @@ def test_environment_is_complete_and_json(tmp_path: Path) -> None:
     assert 0 < facts.free_memory_bytes <= facts.total_memory_bytes
     assert facts.devices[0].device == "cpu" and facts.cpu_count >= 1
     assert json.loads(json.dumps(to_json(facts)))["peak_memory_bytes"] > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_the_peak_of_a_process_is_its_own_and_not_that_of_its_parent() -> None:
+    code = "from qwen_quant.environment import peak_rss_bytes; print(peak_rss_bytes())"
+    ballast = bytearray(os.urandom(1)) * (400 << 20)
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert environment.peak_rss_bytes() > len(ballast) > child > 5 << 20
