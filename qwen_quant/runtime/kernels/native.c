@@ -73,12 +73,14 @@ static inline __attribute__((always_inline)) void ready_factors(
     int64_t g = 0;
     for (; g + 8 <= size; g += 8) {
         const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(scales + g)));
-        const __m256 zero = zeros ? _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(zeros + g))))
-                                  : _mm256_set1_ps(8.0f);
+        const __m256i whole = zeros ? _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(zeros + g)))
+                                    : _mm256_set1_epi32(8);
+        const __m256 zero = _mm256_cvtepi32_ps(whole);
         for (int m = 0; m < count; m++) {
             const __m256 factor = _mm256_mul_ps(scale, _mm256_loadu_ps(units + m * groups + g));
             _mm256_storeu_ps(factors[m] + g, factor);
-            totals[m] = _mm256_fnmadd_ps(factor, _mm256_mul_ps(zero, _mm256_loadu_ps(sums + m * groups + g)), totals[m]);
+            const __m256 off = _mm256_mul_ps(zero, _mm256_loadu_ps(sums + m * groups + g));
+            totals[m] = _mm256_fnmadd_ps(factor, off, totals[m]);
         }
     }
     for (; g < size; g++)
@@ -91,8 +93,8 @@ static inline __attribute__((always_inline)) void ready_factors(
 
 /* Sums of 16 codes, the `quarter`th of each lane of packed, times inputs. */
 static inline __attribute__((always_inline)) __m256i multiply(__m256i packed, const int quarter, const int16_t *x) {
-    const __m256i codes = quarter == 3 ? _mm256_srli_epi16(packed, 12)
-                                       : _mm256_and_si256(_mm256_srli_epi16(packed, 4 * quarter), _mm256_set1_epi16(15));
+    const __m256i shifted = _mm256_srli_epi16(packed, 4 * quarter);
+    const __m256i codes = quarter == 3 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi16(15));
     return _mm256_madd_epi16(codes, _mm256_loadu_si256((const __m256i *)(x + LANES * quarter)));
 }
 
@@ -122,8 +124,10 @@ static inline __attribute__((always_inline)) void row_product(
                 _mm_prefetch((const char *)(codes + k / 2 + AHEAD), _MM_HINT_T0);
                 for (int m = 0; m < count; m++) {
                     const int16_t *x = q + m * width + k;
-                    low[m] = _mm256_add_epi32(low[m], _mm256_add_epi32(multiply(packed, 0, x), multiply(packed, 1, x)));
-                    high[m] = _mm256_add_epi32(high[m], _mm256_add_epi32(multiply(packed, 2, x), multiply(packed, 3, x)));
+                    const __m256i first_half = _mm256_add_epi32(multiply(packed, 0, x), multiply(packed, 1, x));
+                    const __m256i last_half = _mm256_add_epi32(multiply(packed, 2, x), multiply(packed, 3, x));
+                    low[m] = _mm256_add_epi32(low[m], first_half);
+                    high[m] = _mm256_add_epi32(high[m], last_half);
                 }
             }
             for (int m = 0; m < count; m++) {
