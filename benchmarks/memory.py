@@ -62,7 +62,8 @@ start = peak_rss_bytes()
 ready = prepare(job, writing=False)
 need, bound = ready.footprint, bound_bytes(ready)
 result = {"interpreter_bytes": start, "bound_bytes": bound,
-          "predicted_bytes": need.peak_memory_bytes - need.interpreter_bytes, "hidden_state_bytes": need.hidden_state_bytes, "output_bytes": need.output_bytes, "tokens": samples * length}
+          "predicted_bytes": need.peak_memory_bytes - need.interpreter_bytes,
+          "hidden_state_bytes": need.hidden_state_bytes, "output_bytes": need.output_bytes, "tokens": samples * length}
 if run:
     del ready
     done = quantize_checkpoint(job, lambda *a: None)
