@@ -143,13 +143,14 @@ def attention_layers(config: PreTrainedConfig) -> frozenset[int]:
 class _Storage:
     """The quantized keys, or values, of one layer: tensors [rows, heads, capacity, channels or 1].
 
-    Slots from `length` on are spare.
+    Slots from `length` on are spare. The first growth makes room for `reserved` tokens at least.
     """
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
         self.parts: Parts = ()
         self.length = 0
+        self.reserved = 0
 
     @property
     def used(self) -> Parts:
@@ -166,7 +167,7 @@ class _Storage:
         end = self.length + states.shape[2]
         new = self.scheme.quantize(states)
         if not self.parts or end > self.parts[0].shape[2]:
-            self._grow(new, -(-end // GROWTH_TOKENS) * GROWTH_TOKENS)
+            self._grow(new, -(-max(end, self.reserved) // GROWTH_TOKENS) * GROWTH_TOKENS)
         for part, piece in zip(self.parts, new, strict=True):
             part[:, :, self.length : end] = piece
         self.length = end
@@ -307,6 +308,13 @@ class Int8Cache(Cache):
             logger.warning("the cache holds %d tokens, the model has %d positions", keys.shape[2], self._positions)
             self._positions = None
         return keys, values
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens at once when the first come, for who knows how many there will be."""
+        for layer in self.layers:
+            if isinstance(layer, Int8Layer):
+                for store in layer.stores:
+                    store.reserved = tokens
 
     def layer_past(self, layer: int) -> LayerPast:
         """Layer `layer` as the original lays it out: ((key codes, scale, zero), (value codes, scale, zero)), views.

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, PreTrainedModel, StaticCache
 
 from qwen_quant.environment import memory_bytes
 from qwen_quant.errors import QwenQuantError
-from qwen_quant.kv_cache import PLAIN, cache_capacity, cache_nbytes, make_cache
+from qwen_quant.kv_cache import cache_capacity, cache_nbytes, make_cache
 from qwen_quant.process import tune_process
 from qwen_quant.profiling.energy import energy_meter, joules_between
 from qwen_quant.profiling.memory import (
@@ -39,9 +39,9 @@ from qwen_quant.profiling.results import FAILED, MEASURED, OOM
 from qwen_quant.profiling.roofline import read_bandwidth, synchronize
 from qwen_quant.profiling.timing import Timing, time_generation
 from qwen_quant.results import to_json
-from qwen_quant.runtime.decode import compiled_step, filled_storage, next_token, preallocated_cache
+from qwen_quant.runtime.decode import compiled_step, decoding_cache, filled_storage, next_token
 from qwen_quant.runtime.loading import WeightSource, load_model
-from qwen_quant.runtime.native_step import NativeStep, refusal
+from qwen_quant.runtime.native_step import CACHES, NativeStep, refusal
 from qwen_quant.runtime.quantized_model import bytes_per_token, load_quantized
 
 Step = Callable[..., Any]
@@ -69,7 +69,7 @@ class Run:
 class Generation:
     """Greedy decoding of one batch, one call a token; every call returns when the device is done.
 
-    With the plain cache, models that the native step takes run through it, as in `runtime.decode`; `compiled` is the
+    Models and caches that the native step takes run through it, as in `runtime.decode`; `compiled` is the
     compiled step to take instead, made for a static cache of this batch and length.
     """
 
@@ -77,13 +77,13 @@ class Generation:
         self, model: PreTrainedModel, ids: Tensor, kv_cache: str, new_tokens: int, compiled: Step | None = None
     ) -> None:
         self.model, self.next, self.compiled = model, ids, compiled
-        self.takes_native = compiled is None and kv_cache == PLAIN and not refusal(model, ids.shape[0])
+        self.takes_native = compiled is None and not refusal(model, ids.shape[0], kv_cache)
         capacity = ids.shape[1] + new_tokens
         self.cache: Cache
         if compiled is not None:
             self.cache = StaticCache(model.config, max_cache_len=capacity)
         elif self.takes_native:
-            self.cache = preallocated_cache(model, capacity)
+            self.cache = decoding_cache(model, capacity, kv_cache)
         else:
             self.cache = make_cache(model.config, kv_cache)
         self.native: NativeStep | None = None
@@ -94,7 +94,6 @@ class Generation:
         start, self.position = self.position, self.position + self.next.shape[1]
         if self.takes_native and start:
             if self.native is None:
-                assert isinstance(self.cache, DynamicCache)
                 self.native = NativeStep(self.model, filled_storage(self.cache))
             self.next = torch.tensor([[self.native(int(self.next), start)]])
             return
@@ -127,7 +126,11 @@ def load_for_profile(folder: Path, device: torch.device, dtype: torch.dtype | No
     if source.packed is not None:
         model = load_quantized(folder, device, dtype)
         step = refusal(model, 1)
-        steps = f"steps by transformers: {step}" if step else "steps of one row with the plain cache: native"
+        steps = (
+            f"steps by transformers: {step}"
+            if step
+            else f"steps of one row with the caches {' and '.join(CACHES)}: native"
+        )
         return model, f"{model.kernel_report.summary()}; activations {_name(model.config.dtype)}; {steps}"
     dtype = dtype or torch.bfloat16
     said = f"dense {_name(dtype)}"

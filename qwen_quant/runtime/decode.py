@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from qwen_quant.errors import UsageError
+from qwen_quant.kv_cache import PLAIN, Int8Cache, Int8Layer, make_cache
 from qwen_quant.runtime.native_step import NativeStep, refusal
 
 
@@ -32,7 +33,7 @@ class Decoded:
         prefill_seconds: time to the first token.
         decode_seconds: time of the others.
         token_seconds: time of each of the others.
-        compile_seconds: time of the steps that compiled (two are run beforehand, on a cache of their own); 0 without.
+        compile_seconds: time of the steps that compiled (a few are run beforehand, on caches of their own); 0 without.
         step: what ran the steps: "native", "torch.compile", or "transformers (why not native)".
     """
 
@@ -108,12 +109,23 @@ def preallocated_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
     return cache
 
 
+def decoding_cache(model: PreTrainedModel, capacity: int, kv_cache: str) -> Cache:
+    """An empty cache of a kind with room for `capacity` tokens from the start."""
+    if kv_cache == PLAIN:
+        return preallocated_cache(model, capacity)
+    cache = make_cache(model.config, kv_cache)
+    assert isinstance(cache, Int8Cache)
+    cache.reserve(capacity)
+    return cache
+
+
 def decode(
     model: PreTrainedModel,
     ids: Tensor,
     new_tokens: int,
     *,
     compiled: bool = False,
+    kv_cache: str = PLAIN,
     on_token: Callable[[int], None] | None = None,
 ) -> Decoded:
     """Greedy continuation of exactly `new_tokens` tokens; end-of-text tokens do not stop it.
@@ -123,10 +135,13 @@ def decode(
         ids: int64 [batch, length], without padding, on the model's device.
         new_tokens: at least 1.
         compiled: run steps through torch.compile (decoding only, not the prefill); needs a C++ compiler on the CPU.
+        kv_cache: kind of cache (kv_cache.make_cache); torch.compile needs the plain one.
         on_token: called with the number of tokens so far.
 
-    Errors: UsageError for no prompt token or no new token.
+    Errors: UsageError for no prompt token or no new token, and for another cache with torch.compile.
     """
+    if compiled and kv_cache != PLAIN:
+        raise UsageError("torch.compile needs a cache of fixed size", f"{kv_cache!r} grows", "decode without it")
     if new_tokens < 1 or ids.dim() != 2 or ids.shape[1] < 1:
         raise UsageError(
             f"cannot decode {new_tokens} tokens from a prompt of shape {tuple(ids.shape)}",
@@ -134,11 +149,13 @@ def decode(
         )
     capacity = ids.shape[1] + new_tokens
     with torch.inference_mode():
-        why_not = "torch.compile" if compiled else refusal(model, ids.shape[0])
+        why_not = "torch.compile" if compiled else refusal(model, ids.shape[0], kv_cache)
         step, compile_seconds = model.forward, 0.0
         if compiled:
             step, compile_seconds = compiled_step(model, ids, capacity)
-        cache = StaticCache(model.config, max_cache_len=capacity) if compiled else preallocated_cache(model, capacity)
+        cache = (
+            StaticCache(model.config, max_cache_len=capacity) if compiled else decoding_cache(model, capacity, kv_cache)
+        )
         started = time.perf_counter()
         token = next_token(model.forward, ids, cache, 0)
         native = None if why_not else NativeStep(model, filled_storage(cache))
@@ -158,8 +175,12 @@ def decode(
     return Decoded(torch.cat(tokens, 1), times[0] - started, times[-1] - times[0], each, compile_seconds, ran)
 
 
-def filled_storage(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """The storage of every layer of a preallocated cache that has been fed a prompt."""
+def filled_storage(cache: Cache) -> list[tuple[Tensor, ...]]:
+    """The storage of every layer of a preallocated or Int8 cache that has been fed a prompt, for NativeStep."""
+    coded = [layer for layer in cache.layers if isinstance(layer, Int8Layer)]
+    if coded:
+        halves = [(layer.stores[0].parts, layer.stores[1].parts) for layer in coded]
+        return [(keys[0], values[0], keys[1], values[1]) for keys, values in halves]
     layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer) and layer.storage is not None]
     assert len(layers) == len(cache.layers)
     return [layer.storage for layer in layers if layer.storage is not None]
@@ -178,8 +199,11 @@ def next_token(step: Callable[..., Any], ids: Tensor, cache: Any, position: int)
 def compiled_step(model: PreTrainedModel, ids: Tensor, capacity: int) -> tuple[Callable[..., Any], float]:
     """The forward pass of one token a row, compiled for a StaticCache of `capacity` tokens, and the seconds it took."""
     step = torch.compile(model.forward, dynamic=False)
-    cache = StaticCache(model.config, max_cache_len=capacity)
     started = time.perf_counter()
-    for position in range(2):
-        next_token(step, ids[:, :1], cache, position)
+    # As it will be used: after a prefill that is not compiled, and with a second cache, lest either compiles again.
+    for _ in range(2):
+        cache = StaticCache(model.config, max_cache_len=capacity)
+        token = next_token(model.forward, ids[:, :1], cache, 0)
+        for position in range(1, min(3, capacity)):
+            token = next_token(step, token, cache, position)
     return step, time.perf_counter() - started

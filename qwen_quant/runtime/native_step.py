@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qwen_quant.kv_cache import PLAIN
 from qwen_quant.runtime.head import Bf16Embedding, Bf16Head
 from qwen_quant.runtime.kernels.native import NativeKernel, library
 from qwen_quant.runtime.linear import Int4Linear
 
 FAMILIES = ("qwen2", "qwen3")
+CACHES = (PLAIN, "int8")
 STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length
 MOST_GROUPS = 1024
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
@@ -34,10 +36,17 @@ class _Linear(ctypes.Structure):
     ]
 
 
+_PLAIN_STORAGE = ("keys", "values")
+_CODED = ("key_codes", "value_codes", "key_scales", "value_scales")
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
         *[(name, _Linear) for name in (*_ATTENTION, *_GATED)],
-        *[(name, _POINTER) for name in ("input_norm", "middle_norm", "query_norm", "key_norm", "keys", "values")],
+        *[
+            (name, _POINTER)
+            for name in ("input_norm", "middle_norm", "query_norm", "key_norm", *_PLAIN_STORAGE, *_CODED)
+        ],
     ]
 
 
@@ -55,9 +64,11 @@ class _Model(ctypes.Structure):
     ]
 
 
-def refusal(model: PreTrainedModel, batch: int) -> str:
-    """Why `NativeStep` does not run this model for `batch` rows; empty when it does."""
+def refusal(model: PreTrainedModel, batch: int, kv_cache: str = PLAIN) -> str:
+    """Why `NativeStep` does not run this model for `batch` rows with such a cache; empty when it does."""
     config = model.config
+    if kv_cache not in CACHES:
+        return f"made for the caches {' and '.join(CACHES)}, this is {kv_cache}"
     if config.model_type not in FAMILIES:
         return f"made for {' and '.join(FAMILIES)}, this is {config.model_type}"
     if batch != 1:
@@ -105,15 +116,16 @@ class NativeStep:
 
     Args:
         model: one that `refusal` takes, on the CPU.
-        storage: of every layer, FP32 keys and values [1, kv_heads, capacity, head_dim], contiguous.
+        storage: of every layer, contiguous: FP32 keys and values [1, kv_heads, capacity, head_dim], or of an Int8 cache
+            int8 key codes and value codes of that shape and their FP32 scales [1, kv_heads, capacity, 1].
     """
 
-    def __init__(self, model: PreTrainedModel, storage: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, model: PreTrainedModel, storage: list[tuple[Tensor, ...]]) -> None:
         self._kept: list[Any] = [model, storage]  # whose memory the structures point into
         self.capacity = storage[0][0].shape[2]
         decoder, config = model.get_decoder(), model.config
         attention = decoder.layers[0].self_attn
-        layers = [self._layer(layer, *held) for layer, held in zip(decoder.layers, storage, strict=True)]
+        layers = [self._layer(layer, held) for layer, held in zip(decoder.layers, storage, strict=True)]
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         width = attention.head_dim
         kv_heads = config.num_key_value_heads
@@ -149,14 +161,17 @@ class NativeStep:
         sizes = (kernel.out_features, kernel.width, kernel.group_size)
         return _Linear(kernel.codes.data_ptr(), kernel.scales.data_ptr(), zeros, self._pointer(linear.bias), *sizes)
 
-    def _layer(self, layer: Any, keys: Tensor, values: Tensor) -> _Layer:
+    def _layer(self, layer: Any, storage: tuple[Tensor, ...]) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         linears = [self._linear(getattr(attention, name)) for name in _ATTENTION.values()]
         linears += [self._linear(getattr(mlp, name)) for name in _GATED.values()]
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         pointers = [self._pointer(None if norm is None else norm.weight) for norm in norms]
-        return _Layer(*linears, *pointers, keys.data_ptr(), values.data_ptr())
+        names = _PLAIN_STORAGE if len(storage) == len(_PLAIN_STORAGE) else _CODED
+        assert all(part.is_contiguous() for part in storage)
+        held = {name: part.data_ptr() for name, part in zip(names, storage, strict=True)}
+        return _Layer(*linears, *pointers, **held)
 
     def _angles(self, decoder: Any) -> tuple[Tensor, Tensor]:
         """cos and sin FP32 [1, capacity, head_dim] from the model's own rotation."""

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
+from qwen_quant.errors import UsageError
+from qwen_quant.kv_cache import GROWTH_TOKENS, Int8Cache
 from qwen_quant.profiling.child import Generation
-from qwen_quant.runtime.decode import decode, filled_storage, preallocated_cache
+from qwen_quant.runtime.decode import decode, decoding_cache, filled_storage, preallocated_cache
 from qwen_quant.runtime.native_step import NativeStep, refusal
 from qwen_quant.runtime.quantized_model import load_quantized
 from tests.runtime.test_kernels import needs_native
@@ -26,11 +28,13 @@ def artifact(tmp_path: Path, family: str = "qwen2", *, sym: bool = True) -> Path
     return tmp_path / "q"
 
 
-def steps(model: PreTrainedModel, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the tokens fed one by one after IDS: by the native step, by transformers."""
+def steps(
+    model: PreTrainedModel, tokens: list[int], caches: tuple[Cache, Cache] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the tokens fed one by one after IDS: by the native step, by transformers (each with its own cache)."""
     capacity = IDS.shape[1] + len(tokens)
     with torch.inference_mode():
-        caches = [preallocated_cache(model, capacity) for _ in range(2)]
+        caches = caches or (preallocated_cache(model, capacity), preallocated_cache(model, capacity))
         for cache in caches:
             model(IDS, past_key_values=cache)
         step, ours, theirs = NativeStep(model, filled_storage(caches[0])), [], []
@@ -62,6 +66,41 @@ def test_larger_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((ours - theirs).abs().max()) <= 2e-4 * float(theirs.abs().max())
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_an_int8_cache_is_read_and_written_as_transformers_does(tmp_path: Path, family: str) -> None:
+    """The same codes and scales, over the edge of the first storage that grows; closer than to the plain cache's."""
+    model = load_quantized(artifact(tmp_path, family), dtype=torch.float32)
+    tokens = [(31 * i + 7) % 256 for i in range(GROWTH_TOKENS + 3)]
+    native = decoding_cache(model, IDS.shape[1] + len(tokens), "int8")
+    plain = Int8Cache(model.config)
+    ours, theirs = steps(model, tokens, (native, plain))
+    exact, _ = steps(model, tokens)
+    error, effect = (float((ours - other).abs().median()) for other in (theirs, exact))
+    assert error < 2e-4 * float(theirs.abs().max()) and effect > 15 * error, (error, effect)
+    end = IDS.shape[1] + len(tokens)
+    for mine, other in zip(native.layers, plain.layers, strict=True):
+        for store, wanted in zip(mine.stores, other.stores, strict=True):
+            codes, scales = (part[:, :, :end] for part in store.parts)
+            flips = (codes.int() - wanted.used[0].int()).abs()
+            assert int(flips.max()) <= 1 and float(flips.float().mean()) < 0.02
+            torch.testing.assert_close(scales, wanted.used[1], rtol=5e-3, atol=1e-5)
+
+
+def test_the_codes_of_a_token_bit_for_bit(tmp_path: Path) -> None:
+    """The first layer's new keys and values depend on no sum over the cache: all equal, a token of zeros included."""
+    model = load_quantized(artifact(tmp_path), dtype=torch.float32)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = 0
+        for name in ("k_proj", "v_proj"):
+            getattr(model.model.layers[0].self_attn, name).bias.zero_()
+    native, plain = decoding_cache(model, IDS.shape[1] + 2, "int8"), Int8Cache(model.config)
+    steps(model, [5, 77], (native, plain))
+    for store, wanted in zip(native.layers[0].stores, plain.layers[0].stores, strict=True):
+        assert torch.equal(store.parts[0][:, :, 9:11], wanted.used[0][:, :, 9:])
+        torch.testing.assert_close(store.parts[1][:, :, 9:11], wanted.used[1][:, :, 9:], rtol=1e-6, atol=0)
+        assert not store.parts[0][:, :, 9].any() and not store.parts[1][:, :, 9].any()
+
+
 def test_decode_and_profile_take_it_and_say_so(tmp_path: Path) -> None:
     model = load_quantized(artifact(tmp_path, "qwen3"), dtype=torch.float32)
     result = decode(model, IDS, 12)
@@ -73,7 +112,16 @@ def test_decode_and_profile_take_it_and_say_so(tmp_path: Path) -> None:
         generation.step()
         seen.append(int(generation.next))
     assert seen == result.tokens[0].tolist() and generation.native is not None and generation.position == 20
-    assert Generation(model, IDS, "int8", 12).takes_native is False
+    generation, seen = Generation(model, IDS, "int8", 12), []
+    for _ in range(12):
+        generation.step()
+        seen.append(int(generation.next))
+    int8 = decode(model, IDS, 12, kv_cache="int8")
+    assert generation.native is not None and int8.step == "native" and int8.tokens[0].tolist() == seen
+    assert "this is qwen" in decode(model, IDS, 2, kv_cache="qwen").step
+    assert Generation(model, IDS, "qwen", 12).takes_native is False
+    with pytest.raises(UsageError, match="fixed size"):
+        decode(model, IDS, 2, compiled=True, kv_cache="int8")
 
 
 def test_what_it_does_not_run_is_refused_with_the_reason(tmp_path: Path) -> None:

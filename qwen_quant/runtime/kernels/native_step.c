@@ -1,7 +1,14 @@
 /* One decoding step of a dense Qwen2 or Qwen3 decoder, one row, on top of the products of native.c: what lies between
 two products (norms, rotation, attention, gate) costs more than they do when a small model runs it operator by operator.
-Called by runtime/native_step.py, whose ctypes structures mirror the ones here.  All threads walk through the whole step
-together; a barrier stands wherever one needs what another made.  Activations are FP32. */
+Called by runtime/native_step.py, whose ctypes structures mirror the ones here.  Activations are FP32.
+
+All threads walk through the whole step together, each with its share of the rows or heads; a barrier stands wherever
+one needs what another made.  There are ten of them in a block of a tenth of a millisecond, so waiting is a short spin, and
+a yield where the processor is wanted by others: OpenMP's own barrier puts threads to sleep. */
+
+#include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
 
 #include "native.c"
 
@@ -19,7 +26,9 @@ typedef struct {
     linear_t query, key, value, output, gate, up, down;
     const float *input_norm, *middle_norm; /* [hidden] */
     const float *query_norm, *key_norm;    /* [head_dim], or NULL */
-    float *keys, *values;                  /* [kv_heads, capacity, head_dim] */
+    float *keys, *values;                  /* [kv_heads, capacity, head_dim], or NULL with codes */
+    int8_t *key_codes, *value_codes;       /* the same of an Int8 cache: value = scale * code */
+    float *key_scales, *value_scales;      /* [kv_heads, capacity] */
 } layer_t;
 
 typedef struct {
@@ -36,6 +45,34 @@ typedef struct {
     float *units, *sums;                 /* [MOST_GROUPS] */
     float *logits;                       /* [vocabulary] */
 } model_t;
+
+typedef struct {
+    int id, count;
+    atomic_int *arrived, *round;
+} team_t;
+
+#define SPINS 4000
+
+static void barrier(const team_t *t) {
+    if (t->count == 1) return;
+    const int round = atomic_load_explicit(t->round, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(t->arrived, 1, memory_order_acq_rel) == t->count - 1) {
+        atomic_store_explicit(t->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(t->round, round + 1, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(t->round, memory_order_acquire) == round; spins++)
+        if (spins < SPINS)
+            _mm_pause();
+        else
+            sched_yield();
+}
+
+/* This thread's share of `size` things: [*start, *stop). */
+static void share(const team_t *t, int64_t size, int64_t *start, int64_t *stop) {
+    *start = size * t->id / t->count;
+    *stop = size * (t->id + 1) / t->count;
+}
 
 /* e^x to 1e-7 relative: 2^n times a Taylor polynomial of 2^f, |f| <= 1/2. */
 static inline __m256 exponential(__m256 x) {
@@ -56,6 +93,30 @@ static float dot(const float *a, const float *b, int64_t size) { /* size a multi
     return horizontal(sum);
 }
 
+/* Eight codes as floats. */
+static inline __m256 widened(const int8_t *codes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
+}
+
+static float dot_codes(const float *a, const int8_t *codes, int64_t size) { /* size a multiple of 8 */
+    __m256 sum = _mm256_setzero_ps();
+    for (int64_t i = 0; i < size; i += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), widened(codes + i), sum);
+    return horizontal(sum);
+}
+
+/* One token's vector as the Int8 cache holds it, bit for bit quantize_per_token of kv_cache.py in FP32. */
+static void store_codes(const float *x, int64_t size, int8_t *codes, float *scale) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < size; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+    *scale = largest / 127.0f;
+    if (*scale * 127.0f < largest) *scale = nextafterf(*scale, INFINITY);
+    const float divisor = *scale > 0.0f ? *scale : 1.0f;
+    for (int64_t i = 0; i < size; i++) {
+        const float code = rintf(x[i] / divisor);
+        codes[i] = (int8_t)(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code);
+    }
+}
+
 static void rms_norm(const float *x, const float *weight, float *out, int64_t size, float epsilon) {
     const float inverse = 1.0f / sqrtf(dot(x, x, size) / size + epsilon);
     for (int64_t i = 0; i < size; i++) out[i] = weight[i] * (x[i] * inverse);
@@ -66,11 +127,12 @@ static void round_inputs(const model_t *m, const float *x, int64_t width, int64_
         round_group(x + g * group_size, group_size, m->rounded + g * group_size, m->units + g, m->sums + g);
 }
 
-/* out = the rounded inputs times the transposed weight, plus bias, plus what out holds when `add`. */
-static void multiply_rows(const model_t *m, const linear_t *l, float *out, const int add) {
+/* out = the rounded inputs times the transposed weight, plus bias, plus what out holds when `add`; this thread's. */
+static void multiply_rows(const model_t *m, const linear_t *l, float *out, const int add, const team_t *t) {
     const int64_t groups = l->width / l->group_size;
-#pragma omp for schedule(static) nowait
-    for (int64_t n = 0; n < l->rows; n++) {
+    int64_t start, stop;
+    share(t, l->rows, &start, &stop);
+    for (int64_t n = start; n < stop; n++) {
         const uint8_t *codes = l->codes + n * l->width / 2, *zeros = l->zeros ? l->zeros + n * groups : 0;
         const uint16_t *scales = l->scales + n * groups;
         float result;
@@ -97,11 +159,15 @@ static void place_head(const model_t *m, float *head, const float *norm, int64_t
 /* mixed[one head] = softmax(q K^T * scale) V over positions 0 to `position`. */
 static void attend(const model_t *m, const layer_t *layer, int64_t head, int64_t position) {
     const int64_t size = m->head_dim, kv = head / (m->heads / m->kv_heads), padded = (m->capacity + 7) / 8 * 8;
-    const float *keys = layer->keys + kv * m->capacity * size, *values = layer->values + kv * m->capacity * size;
+    const int64_t first = kv * m->capacity, start = first * size;
+    const int coded = layer->key_codes != 0;
     const float *query = m->queries + head * size;
     float *scores = m->scores + head * padded, *out = m->mixed + head * size, largest = -INFINITY;
     for (int64_t t = 0; t <= position; t++) {
-        scores[t] = dot(query, keys + t * size, size) * m->attention_scale;
+        const int64_t at = start + t * size;
+        const float product = coded ? dot_codes(query, layer->key_codes + at, size) * layer->key_scales[first + t]
+                                    : dot(query, layer->keys + at, size);
+        scores[t] = product * m->attention_scale;
         largest = scores[t] > largest ? scores[t] : largest;
     }
     __m256 sums = _mm256_setzero_ps();
@@ -116,82 +182,107 @@ static void attend(const model_t *m, const layer_t *layer, int64_t head, int64_t
     const float inverse = 1.0f / horizontal(sums);
     for (int64_t i = 0; i < size; i++) out[i] = 0.0f;
     for (int64_t t = 0; t <= position; t++) {
-        const __m256 weight = _mm256_set1_ps(scores[t] * inverse);
-        for (int64_t i = 0; i < size; i += 8)
-            _mm256_storeu_ps(out + i, _mm256_fmadd_ps(weight, _mm256_loadu_ps(values + t * size + i), _mm256_loadu_ps(out + i)));
+        const int64_t at = start + t * size;
+        const __m256 weight = _mm256_set1_ps(scores[t] * inverse * (coded ? layer->value_scales[first + t] : 1.0f));
+        for (int64_t i = 0; i < size; i += 8) {
+            const __m256 value = coded ? widened(layer->value_codes + at + i) : _mm256_loadu_ps(layer->values + at + i);
+            _mm256_storeu_ps(out + i, _mm256_fmadd_ps(weight, value, _mm256_loadu_ps(out + i)));
+        }
     }
 }
 
-static void attention_half(const model_t *m, const layer_t *layer, int64_t position) {
-    const int64_t size = m->head_dim, at = position * size;
-#pragma omp single
-    {
+/* One key head's vectors go to the cache, the key rotated. */
+static void store_head(const model_t *m, const layer_t *layer, int64_t kv, int64_t position) {
+    const int64_t size = m->head_dim, at = kv * m->capacity + position;
+    float *key = m->gates + kv * size, *value = m->gates + (m->kv_heads + kv) * size;
+    place_head(m, key, layer->key_norm, position);
+    if (layer->key_codes) {
+        store_codes(key, size, layer->key_codes + at * size, layer->key_scales + at);
+        store_codes(value, size, layer->value_codes + at * size, layer->value_scales + at);
+        return;
+    }
+    for (int64_t i = 0; i < size; i++) layer->keys[at * size + i] = key[i];
+    for (int64_t i = 0; i < size; i++) layer->values[at * size + i] = value[i];
+}
+
+static void attention_half(const model_t *m, const layer_t *layer, int64_t position, const team_t *t) {
+    int64_t start, stop;
+    if (t->id == 0) {
         rms_norm(m->state, layer->input_norm, m->normed, m->hidden, m->epsilon);
         round_inputs(m, m->normed, layer->query.width, layer->query.group_size);
     }
-    multiply_rows(m, &layer->query, m->queries, 0);
-    multiply_rows(m, &layer->key, m->gates, 0);
-    multiply_rows(m, &layer->value, m->gates + m->kv_heads * size, 0);
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t h = 0; h < m->heads + m->kv_heads; h++) {
-        if (h < m->heads) {
-            place_head(m, m->queries + h * size, layer->query_norm, position);
-            continue;
-        }
-        const int64_t kv = h - m->heads;
-        float *key = layer->keys + kv * m->capacity * size + at, *value = layer->values + kv * m->capacity * size + at;
-        for (int64_t i = 0; i < size; i++) key[i] = m->gates[kv * size + i];
-        for (int64_t i = 0; i < size; i++) value[i] = m->gates[(m->kv_heads + kv) * size + i];
-        place_head(m, key, layer->key_norm, position);
-    }
-#pragma omp for schedule(static)
-    for (int64_t h = 0; h < m->heads; h++) attend(m, layer, h, position);
-#pragma omp single
-    round_inputs(m, m->mixed, layer->output.width, layer->output.group_size);
-    multiply_rows(m, &layer->output, m->state, 1);
-#pragma omp barrier
+    barrier(t);
+    multiply_rows(m, &layer->query, m->queries, 0, t);
+    multiply_rows(m, &layer->key, m->gates, 0, t);
+    multiply_rows(m, &layer->value, m->gates + m->kv_heads * m->head_dim, 0, t);
+    barrier(t);
+    share(t, m->heads, &start, &stop);
+    for (int64_t h = start; h < stop; h++) place_head(m, m->queries + h * m->head_dim, layer->query_norm, position);
+    share(t, m->kv_heads, &start, &stop);
+    for (int64_t kv = start; kv < stop; kv++) store_head(m, layer, kv, position);
+    barrier(t);
+    share(t, m->heads, &start, &stop);
+    for (int64_t h = start; h < stop; h++) attend(m, layer, h, position);
+    barrier(t);
+    if (t->id == 0) round_inputs(m, m->mixed, layer->output.width, layer->output.group_size);
+    barrier(t);
+    multiply_rows(m, &layer->output, m->state, 1, t);
+    barrier(t);
 }
 
-static void gated_half(const model_t *m, const layer_t *layer) {
-#pragma omp single
-    {
+/* wide = silu(gates) * wide, this thread's share (in eights). */
+static void apply_gate(const model_t *m, const team_t *t) {
+    int64_t start, stop;
+    share(t, m->intermediate / 8, &start, &stop);
+    for (int64_t i = 8 * start; i < 8 * stop; i += 8) {
+        const __m256 x = _mm256_loadu_ps(m->gates + i), one = _mm256_set1_ps(1.0f);
+        const __m256 below = _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), x)));
+        _mm256_storeu_ps(m->wide + i, _mm256_mul_ps(_mm256_loadu_ps(m->wide + i), _mm256_div_ps(x, below)));
+    }
+}
+
+static void gated_half(const model_t *m, const layer_t *layer, const team_t *t) {
+    if (t->id == 0) {
         rms_norm(m->state, layer->middle_norm, m->normed, m->hidden, m->epsilon);
         round_inputs(m, m->normed, layer->gate.width, layer->gate.group_size);
     }
-    multiply_rows(m, &layer->gate, m->gates, 0);
-    multiply_rows(m, &layer->up, m->wide, 0);
-#pragma omp barrier
-#pragma omp single
-    {
-        for (int64_t i = 0; i < m->intermediate; i += 8) {
-            const __m256 x = _mm256_loadu_ps(m->gates + i), one = _mm256_set1_ps(1.0f);
-            const __m256 below = _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), x)));
-            _mm256_storeu_ps(m->wide + i, _mm256_mul_ps(_mm256_loadu_ps(m->wide + i), _mm256_div_ps(x, below)));
-        }
-        round_inputs(m, m->wide, layer->down.width, layer->down.group_size);
-    }
-    multiply_rows(m, &layer->down, m->state, 1);
-#pragma omp barrier
+    barrier(t);
+    multiply_rows(m, &layer->gate, m->gates, 0, t);
+    multiply_rows(m, &layer->up, m->wide, 0, t);
+    barrier(t);
+    apply_gate(m, t);
+    barrier(t);
+    if (t->id == 0) round_inputs(m, m->wide, layer->down.width, layer->down.group_size);
+    barrier(t);
+    multiply_rows(m, &layer->down, m->state, 1, t);
+    barrier(t);
 }
 
-/* The likeliest token after `token` at `position`; logits stay in m->logits, keys and values in the layers' storage. */
-int64_t decode_step(const model_t *m, int64_t token, int64_t position, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp single
+static void walk(const model_t *m, int64_t token, int64_t position, const team_t *t) {
+    int64_t start, stop;
+    if (t->id == 0)
         for (int64_t i = 0; i < m->hidden; i++) {
             union { uint32_t bits; float value; } one = {(uint32_t)m->embedding[token * m->hidden + i] << 16};
             m->state[i] = one.value;
         }
-        for (int64_t k = 0; k < m->layers; k++) {
-            attention_half(m, m->layer + k, position);
-            gated_half(m, m->layer + k);
-        }
-#pragma omp single
-        rms_norm(m->state, m->final_norm, m->normed, m->hidden, m->epsilon);
+    for (int64_t k = 0; k < m->layers; k++) {
+        attention_half(m, m->layer + k, position, t);
+        gated_half(m, m->layer + k, t);
     }
-    bf16_product(m->head, m->normed, m->logits, 1, m->vocabulary, m->hidden, threads);
+    if (t->id == 0) rms_norm(m->state, m->final_norm, m->normed, m->hidden, m->epsilon);
+    barrier(t);
+    share(t, m->vocabulary, &start, &stop);
+    bf16_product(m->head + start * m->hidden, m->normed, m->logits + start, 1, stop - start, m->hidden, 1);
+}
+
+/* The likeliest token after `token` at `position`; logits stay in m->logits, keys and values in the layers' storage. */
+int64_t decode_step(const model_t *m, int64_t token, int64_t position, int threads) {
+    atomic_int arrived = 0, round = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        const team_t team = {omp_get_thread_num(), omp_get_num_threads(), &arrived, &round};
+        walk(m, token, position, &team);
+    }
     int64_t best = 0;
     for (int64_t n = 1; n < m->vocabulary; n++) best = m->logits[n] > m->logits[best] ? n : best;
     return best;
