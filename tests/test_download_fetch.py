@@ -16,6 +16,7 @@ from huggingface_hub import constants
 
 from qwen_quant.errors import InputError, NetworkError
 from qwen_quant.hub import download as download_module
+from qwen_quant.hub import huggingface
 from qwen_quant.hub.download import DownloadJob, download_repo, resolve_model
 from qwen_quant.hub.fetch import Meter, Transfer, fetch_file
 from qwen_quant.hub.plan_files import Listing, RemoteFile
@@ -356,3 +357,81 @@ def test_a_read_only_cache_serves_what_it_has(cache: Path, monkeypatch: pytest.M
     monkeypatch.setattr("qwen_quant.hub.store.write_json_atomically", refuse)
     assert {file.how for file in download_repo(DownloadJob("org/name")).files} == {"reused"}
     assert len(source.opened) == asked
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Stands in for hf_xet's group of streams: gives `content` and then fails."""
+
+    content: bytes
+
+    def download_stream(self, info: object, start: int) -> Streams:
+        return Streams(self.content[start:])
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self.content
+        raise RuntimeError("Previous task error")
+
+    def cancel(self) -> None:
+        pass
+
+    abort = cancel
+
+
+def xet_listing() -> tuple[Listing, RemoteFile]:
+    file = RemoteFile("model.safetensors", 10, "a" * 64, None, "b" * 64)
+    return Listing("hf", "org/name", None, COMMIT, (file,)), file
+
+
+def test_xet_that_fails_in_the_middle_leaves_the_file_to_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    listing, file = xet_listing()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(huggingface, "_connect", lambda url: Streams(b"01234"))
+    hub = huggingface.HuggingFace()
+    received = bytearray()
+    with pytest.raises(Broken, match="Previous task error"), hub.open(listing, file, 2, plain=False) as body:
+        for chunk in body.chunks:
+            received += chunk
+    assert (body.start, bytes(received)) == (2, b"234")
+    asked: list[int] = []
+
+    @contextmanager
+    def http(url: str, headers: dict[str, str], start: int) -> Iterator[Body]:
+        asked.append(start)
+        yield Body(start, iter([b"56789"]))
+
+    monkeypatch.setattr(huggingface, "http_body", http)
+    with hub.open(listing, file, 5, plain=False) as body:
+        assert b"".join(body.chunks) == b"56789" and asked == [5]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("handshake"), KeyError("casUrl"), ValueError("no JSON")])
+def test_xet_that_does_not_connect_leaves_the_file_to_http(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(url: str) -> None:
+        raise error
+
+    listing, file = xet_listing()
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(huggingface, "_connect", fail)
+    with pytest.raises(Broken), huggingface.HuggingFace().open(listing, file, 0, plain=False):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("storage", "hub", "allowed"),
+    [
+        ("local:///data", "http://127.0.0.1:8000/api", True),
+        ("local:///data", "http://localhost/api", True),
+        ("local:///data", "http://[::1]:80/api", True),
+        ("https://cas.example", "https://huggingface.co/api", True),
+        ("local:///data", "https://huggingface.co/api", False),
+        ("local:///data", "http://127.0.0.1.example/api", False),
+        ("file:///data", "https://10.0.0.1/api", False),
+    ],
+)
+def test_storage_on_this_disk_is_for_loopback_only(storage: str, hub: str, allowed: bool) -> None:
+    if allowed:
+        huggingface.check_storage(storage, hub)
+        return
+    with pytest.raises(NetworkError, match="storage"):
+        huggingface.check_storage(storage, hub)

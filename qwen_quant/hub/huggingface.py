@@ -57,7 +57,7 @@ class HuggingFace:
     @contextmanager
     def open(self, listing: Listing, file: RemoteFile, start: int, *, plain: bool) -> Iterator[Body]:
         """The file's bytes from `start` on, through Xet where it is there and has not failed for this file."""
-        group = None if plain or not file.xet_hash or file.path in self._failed else self._xet_group(listing)
+        group = None if plain or not file.xet_hash or file.path in self._failed else self._xet_group(listing, file)
         if group is not None:
             yield from self._xet_body(group, file, start)
             return
@@ -78,16 +78,21 @@ class HuggingFace:
         if group is not None:
             group.abort()
 
-    def _xet_group(self, listing: Listing) -> Any:
+    def _xet_group(self, listing: Listing, file: RemoteFile) -> Any:
         """The run's Xet connection, None without hf_xet."""
         from huggingface_hub import constants
 
         if constants.HF_HUB_DISABLE_XET or importlib.util.find_spec("hf_xet") is None:
             return None
-        with self._lock:
-            if self._xet is None:
-                self._xet = _connect(f"{constants.ENDPOINT}/api/models/{listing.repo}/xet-read-token/{listing.commit}")
-            return self._xet
+        try:
+            with self._lock:
+                if self._xet is None:
+                    grants = f"{constants.ENDPOINT}/api/models/{listing.repo}/xet-read-token/{listing.commit}"
+                    self._xet = _connect(grants)
+                return self._xet
+        except (RuntimeError, ValueError, KeyError) as error:
+            # What the hub refuses is another class and goes up; this is storage that does not answer, or nonsense.
+            raise self._without_xet(file, error) from error
 
     def _xet_body(self, group: Any, file: RemoteFile, start: int) -> Iterator[Body]:
         """One Body from Xet storage. Its client's errors become Broken, and HTTP takes over for this file."""
