@@ -2,6 +2,7 @@
 """Speed and memory of `qwen-quant bnb` against reading and writing the bytes alone, and against bitsandbytes' kernel.
 
     python benchmarks/bnb.py MODEL [--peer VENV/bin/python] [--rounds 3] [--out FILE]
+    python benchmarks/bnb.py FOLDER --memory [--out FILE]
 
 For each format, in fresh processes that take turns, seconds of processor time (machines are shared) and of wall time:
 
@@ -13,6 +14,9 @@ For each format, in fresh processes that take turns, seconds of processor time (
 The bound: the whole run within twice the bytes alone or within their kernel, whichever is longer. Memory: the peak of
 the process, and its excess over the process with everything imported, against the largest tensor in FP32 + one file +
 0.5 GiB. One thread. Writes benchmarks/results/bnb.json.
+
+--memory measures the peak alone, on a checkpoint that it makes in FOLDER (and removes): two blocks of the shapes of
+Qwen-7B, an embedding of 151936 x 4096, files of 2 GB. Writes benchmarks/results/bnb_memory.json.
 """
 
 from __future__ import annotations
@@ -34,6 +38,20 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bnb.json"
 CASES = {"nf4": ("nf4", False), "nf4 double": ("nf4", True), "fp4": ("fp4", False), "int8": ("int8", False)}
 HALF_GIB = 1 << 29
+MEMORY_RESULTS = ROOT / "benchmarks" / "results" / "bnb_memory.json"
+SHARD_BYTES = 2 * 10**9
+LARGE = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
 
 
 def timed(work: Callable[[], Any]) -> dict[str, float]:
@@ -51,7 +69,8 @@ def whole_run(model: Path, kind: str, double: bool) -> dict[str, float]:
 
     imported = peak_rss_bytes()
     with tempfile.TemporaryDirectory(dir=model.parent) as place:
-        job = BnbJob(model, Path(place) / "out", BnbConfig(kind, double), RunConfig(), "benchmark")
+        run = RunConfig(max_shard_size_bytes=SHARD_BYTES)
+        job = BnbJob(model, Path(place) / "out", BnbConfig(kind, double), run, "benchmark")
         found = timed(lambda: quantize_bnb(job, no_progress))
         written = sum(path.stat().st_size for path in job.out.glob("*.safetensors"))
     return {**found, "written_bytes": written, "imported_bytes": imported, "peak_bytes": peak_rss_bytes()}
@@ -148,12 +167,55 @@ def largest_fp32_bytes(model: Path) -> int:
     return max(4 * reader.info(name).nbytes // reader.info(name).dtype.itemsize for name in reader.names)
 
 
+def make_large(folder: Path) -> None:
+    """A checkpoint of LARGE, random, in files of SHARD_BYTES, written tensor by tensor."""
+    import torch
+
+    from qwen_quant.checkpoint.families import model_spec
+    from qwen_quant.checkpoint.writer import PlannedTensor, PlannedWriter, plan_shards
+    from qwen_quant.models.skeleton import expected_tensors, meta_model
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LARGE))
+    shapes = expected_tensors(meta_model(model_spec(LARGE, "LARGE")))
+    planned = [PlannedTensor(name, torch.bfloat16, shape) for name, shape in shapes.items()]
+    writer = PlannedWriter(folder, plan_shards(planned, SHARD_BYTES))
+    noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    for tensor in planned:
+        count = tensor.nbytes // 2
+        for start in range(0, count, noise.numel()):
+            writer.write_bytes(tensor.name, 2 * start, noise[: count - start])
+        writer.finish_parts(tensor.name)
+    writer.finish()
+
+
+def measure_memory(arguments: argparse.Namespace) -> None:
+    """Peaks on a checkpoint with one large tensor; exits with 1 where one is over the bound."""
+    sys.path.insert(0, str(ROOT))
+    rows = {}
+    with tempfile.TemporaryDirectory(dir=arguments.model) as place:
+        model = Path(place) / "large"
+        make_large(model)
+        for case in CASES:
+            row = measure(sys.executable, "whole", case, model)
+            shard = min(SHARD_BYTES, int(row["written_bytes"]))
+            rows[case] = {**row, "bound_bytes": largest_fp32_bytes(model) + shard + HALF_GIB}
+    out = arguments.out or MEMORY_RESULTS
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"config": LARGE, "shard_bytes": SHARD_BYTES, "cases": rows}, indent=2) + "\n")
+    for case, row in rows.items():
+        peak, imported, bound = (row[key] / 2**20 for key in ("peak_bytes", "imported_bytes", "bound_bytes"))
+        print(f"{case:11s} peak {peak:.0f} MiB, {imported:.0f} of them after imports, bound {bound:.0f} MiB")
+    sys.exit(any(row["peak_bytes"] > row["bound_bytes"] for row in rows.values()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--peer", help="a Python with bitsandbytes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--memory", action="store_true", help="peak memory on a checkpoint with one large tensor")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--written", type=int, help=argparse.SUPPRESS)
@@ -161,14 +223,18 @@ def main() -> None:
     if arguments.child:
         child(arguments)
         return
+    if arguments.memory:
+        measure_memory(arguments)
     cases = {case: measure_case(arguments, case) for case in CASES}
     for found in cases.values():
         whole, peer = found["whole run"], found.get("their kernel", {"cpu_seconds": 0.0})
         found["bound"] = {"cpu_seconds": max(2 * found["bytes alone"]["cpu_seconds"], peer["cpu_seconds"])}
-        whole["bound_bytes"] = largest_fp32_bytes(arguments.model) + whole["written_bytes"] + HALF_GIB
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        shard = min(SHARD_BYTES, whole["written_bytes"])
+        whole["bound_bytes"] = largest_fp32_bytes(arguments.model) + shard + HALF_GIB
+    out = arguments.out or RESULTS
+    out.parent.mkdir(parents=True, exist_ok=True)
     document = {"model": arguments.model.name, "rounds": arguments.rounds, "python": platform.python_version()}
-    arguments.out.write_text(json.dumps({**document, "cases": cases}, indent=2) + "\n")
+    out.write_text(json.dumps({**document, "cases": cases}, indent=2) + "\n")
     for case, found in cases.items():
         speeds = ", ".join(f"{name} {row['cpu_seconds']:.2f} s" for name, row in found.items())
         whole = found["whole run"]

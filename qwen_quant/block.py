@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qwen_quant.activations import ActivationStore
-from qwen_quant.block_solver import BlockRun, HalfRun, SolvedLinear, Stream, solve_group
+from qwen_quant.block_solver import BlockRun, HalfRun, SolvedLinear, Stream, add_lookup, solve_group
 from qwen_quant.checkpoint.families import Half, SparseBlock
 from qwen_quant.experts import SparseRun
 
@@ -32,6 +32,8 @@ def quantize_block(
             walk = SparseRun(run, half, streams)
             solved += walk.solve()
         else:
+            if half.lookup is not None:
+                add_lookup(run, half, streams, outputs)
             walk = HalfRun(run, half, streams)
             solved += solve_group(run, streams[0].block, half.inputs, walk.input_hessian())
             solved += solve_group(run, streams[0].block, (half.output,), walk.output_hessian())

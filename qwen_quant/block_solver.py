@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from qwen_quant.activations import BYTES_PER_VALUE, ActivationStore
-from qwen_quant.checkpoint.families import SubBlock
+from qwen_quant.checkpoint.families import SparseBlock, SubBlock
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.gptq import QuantizedWeight, SolveStats, quantize_weight
 from qwen_quant.hessian import HessianAccumulator
-from qwen_quant.models.skeleton import CastLinear, StoredLinear, dense_weights
+from qwen_quant.models.skeleton import CastLinear, StoredLinear, dense_weights, ordinary_linears
 from qwen_quant.recipe import GPTQConfig
 from qwen_quant.results import LayerStats
 
@@ -80,6 +80,7 @@ class BlockRun:
         context: keyword arguments of the block's mixer.
         device, dtype: of the forward passes.
         config: the solver's settings.
+        ids: int64 [rows, tokens], the calibration set; needed by halves with a lookup.
         last: no block follows, so nobody needs the hidden states after this one.
         solve: `quantize_weight`, or what stands in for it while a run is only being timed.
     """
@@ -91,6 +92,7 @@ class BlockRun:
     config: GPTQConfig
     last: bool = False
     solve: SolveFn = quantize_weight
+    ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,14 @@ class SolvedLinear:
 def embed(reader: CheckpointReader, name: str, ids: Tensor, stores: list[ActivationStore]) -> None:
     """Write the rows `ids` (int64 [rows, tokens]) of the embedding `name` to every store, as many rows as each has.
 
-    Reads the matrix once and holds one copy of the rows that occur.
+    Reads the matrix once and holds one copy of the rows that occur. A store wider than the embedding, for a model with
+    several residual streams, gets it as often as it fits.
     """
     unique, places = torch.unique(ids, return_inverse=True)
     table = reader.gather_rows(name, unique)
     for store in stores:
         for row in range(store.shape[0]):
-            store.save(row, table[places[row]].unsqueeze(0))
+            store.save(row, table[places[row]].repeat(1, 1, store.shape[2] // table.shape[1]))
 
 
 def batch_rows(tokens: int, widest: int) -> int:
@@ -124,6 +127,26 @@ def stored_linear(block: nn.Module, name: str) -> CastLinear:
     module = block.get_submodule(name)
     assert isinstance(module, CastLinear), f"{name} is {type(module).__name__}"
     return module
+
+
+def joined(block: nn.Module, half: SubBlock | SparseBlock, hidden: Tensor, output: Tensor) -> Tensor:
+    """The residual stream [..., width] after a half: the sum of stream and output, or what the half's join makes."""
+    result: Tensor = hidden + output if half.join is None else block.get_submodule(half.join)(hidden, output)
+    return result
+
+
+def add_lookup(run: BlockRun, sub: SubBlock, streams: list[Stream], outputs: list[ActivationStore]) -> None:
+    """Add to every stream what the half's lookup says of its tokens: written to `outputs`, in small batches."""
+    assert sub.lookup is not None and run.ids is not None
+    for k, stream in enumerate(streams):
+        rows, tokens, width = stream.states.shape
+        lookup, step = stream.block.get_submodule(sub.lookup), batch_rows(tokens, width)
+        with dense_weights(stream.block, ordinary_linears(lookup, f"{sub.lookup}."), run.dtype):
+            for start in range(0, rows, step):
+                hidden = stream.states.load(start, start + step).to(run.device, run.dtype)
+                ids = run.ids[start : start + hidden.shape[0]].to(run.device)
+                outputs[k].save(start, hidden + lookup(hidden, ids, None))
+        stream.states = outputs[k]
 
 
 def run_body(block: nn.Module, sub: SubBlock, hidden: Tensor, context: dict[str, Any]) -> Tensor:
@@ -219,7 +242,8 @@ class HalfRun:
                 for span in (s for s in self.spans if stream in self._present(s)):
                     hidden = self._states(stream, span)
                     tap = self._tap_again(k, stream, span, hidden)
-                    outputs[k].save(span[0], hidden + linear(tap.to(self.run.device, self.run.dtype)))
+                    output = linear(tap.to(self.run.device, self.run.dtype))
+                    outputs[k].save(span[0], joined(stream.block, self.sub, hidden, output))
             stream.states = outputs[k]
 
     def _tap_again(self, k: int, stream: Stream, span: tuple[int, int], hidden: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def settings_of(config: BnbConfig, skip: list[str] | None) -> dict[str, Any]:
 
 def _warnings(reader: CheckpointReader, chosen: Accounting, config: BnbConfig, dtype: torch.dtype) -> tuple[str, ...]:
     found = []
-    cast = [name for name in (*chosen.quantized, *chosen.kept) if reader.info(name).dtype != dtype]
+    cast = [name for name in (*chosen.quantized, *chosen.kept) if reader.info(name).dtype not in (dtype, torch.int64)]
     if cast:
         target = DTYPE_NAMES[dtype]
         found.append(f"{len(cast)} tensors are cast to {target} first, config.json's dtype ('{cast[0]}' and so on)")
@@ -257,11 +257,17 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
+def kept_dtype(ready: Ready, name: str) -> torch.dtype:
+    """What kept tensor `name` is stored in: the model's dtype, and integers as they are."""
+    stored = ready.reader.info(name).dtype
+    return ready.dtype if stored in FLOAT_DTYPES else stored
+
+
 def planned_tensors(ready: Ready, name: str, offset: float | None) -> list[PlannedTensor]:
     """What source tensor `name` becomes; `offset` is its nested_offset with double quantization."""
     config, shape = ready.job.bnb, ready.reader.info(name).shape
     if name in ready.accounting.kept:
-        return [PlannedTensor(name, ready.dtype, shape)]
+        return [PlannedTensor(name, kept_dtype(ready, name), shape)]
     base = name.removesuffix(".weight")
     if config.quant_type == "int8":
         parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {

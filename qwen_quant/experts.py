@@ -34,6 +34,7 @@ from qwen_quant.block_solver import (
     SolvedLinear,
     Stream,
     batch_rows,
+    joined,
     solve_group,
     stored_linear,
 )
@@ -106,7 +107,8 @@ class SparseRun:
 
     def __init__(self, run: BlockRun, half: SparseBlock, streams: list[Stream]) -> None:
         self.run, self.half, self.streams = run, half, streams
-        self.rows, self.row_tokens, self.hidden = streams[0].states.shape
+        self.rows, self.row_tokens, self.width = streams[0].states.shape
+        self.hidden = stored_linear(streams[0].block, half.expert(0).inputs[0]).weight.shape[1]
 
     def solve(self) -> list[SolvedLinear]:
         """Quantize the shared expert and every routed one; the quantized stream's block is changed in place."""
@@ -150,7 +152,7 @@ class SparseRun:
         """For every expert the tokens that the quantized stream's router sends to it, int64, ascending."""
         stream, found = self.streams[0], []
         router = stream.block.get_submodule(f"{self.half.module}.gate")
-        for span in self._spans(self.rows, batch_rows(self.row_tokens, self.hidden)):
+        for span in self._spans(self.rows, batch_rows(self.row_tokens, self.width)):
             _, _, index = router(self.normed(stream, stream.states.load(*span)).flatten(0, -2))
             found.append(index.to("cpu", torch.int32))
         choices = torch.cat(found)
@@ -160,13 +162,14 @@ class SparseRun:
 
     def advance(self, outputs: list[ActivationStore]) -> None:
         """Write x + mlp(norm(x)) of every stream to `outputs` (which may be the stores x comes from)."""
-        step = max(1, SPARSE_BATCH_BYTES // (4 * self.row_tokens * self.hidden))
+        step = max(1, SPARSE_BATCH_BYTES // (4 * self.row_tokens * self.width))
         for k, stream in enumerate(self.streams):
             mlp = stream.block.get_submodule(self.half.module)
             with dense_weights(stream.block, ordinary_linears(stream.block), self.run.dtype):
                 for span in self._spans(stream.states.shape[0], step):
                     hidden = stream.states.load(*span).to(self.run.device, self.run.dtype)
-                    outputs[k].save(span[0], hidden + mlp(self.normed(stream, hidden)))
+                    output = mlp(self.normed(stream, hidden))
+                    outputs[k].save(span[0], joined(stream.block, self.half, hidden, output))
             stream.states = outputs[k]
 
 

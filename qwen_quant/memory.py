@@ -70,7 +70,7 @@ def _largest_block(spec: ModelSpec, reader: CheckpointReader) -> int:
     sizes = dict.fromkeys(range(spec.num_layers), 0)
     start = spec.family.layers_prefix + "."
     for name in reader.names:
-        if name.startswith(start):
+        if name.startswith(start) and not spec.is_table(name):
             layer = int(name[len(start) :].split(".", 1)[0])
             sizes[layer] = sizes.get(layer, 0) + reader.info(name).nbytes
     return max(sizes.values(), default=0)
@@ -90,7 +90,7 @@ def _sparse_batch(spec: ModelSpec, tokens: int) -> int:
     """Temporaries of one batch through all experts of a block, and of an expert's dense weights (0 where none are)."""
     if not spec.expert_count:
         return 0
-    return max(SPARSE_BATCH_BYTES, 4 * tokens * spec.hidden_size) * BATCH_TEMPORARIES
+    return max(SPARSE_BATCH_BYTES, 4 * tokens * spec.stream_width) * BATCH_TEMPORARIES
 
 
 def _output_bytes(spec: ModelSpec, reader: CheckpointReader, config: GPTQConfig) -> int:
@@ -123,7 +123,7 @@ def footprint(
     batch += len(stream) * stacked * 4  # the linears that share an input, held dense during a pass
     cache = sum(stream) * tokens * widest_in * BYTES_PER_VALUE
     working = max(solver, batch, _sparse_batch(spec, tokens)) + (cache if cache <= CACHE_BYTES else 0)
-    hidden = sum(stream) * tokens * spec.hidden_size * BYTES_PER_VALUE
+    hidden = sum(stream) * tokens * spec.stream_width * BYTES_PER_VALUE
     in_memory = hidden <= RAM_LIMIT_BYTES
     interpreter = peak_rss_bytes()
     peak = interpreter + block + block // 2 + square + working + (hidden if in_memory else 0)

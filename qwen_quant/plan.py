@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen_quant.activations import ActivationStore
 from qwen_quant.block import quantize_block
-from qwen_quant.block_solver import BlockRun, Stream
+from qwen_quant.block_solver import BlockRun, Stream, embed
 from qwen_quant.gptq import QuantizedWeight, SolveStats, quantize_weight, round_weight
 from qwen_quant.hessian import HessianAccumulator
 from qwen_quant.memory import Footprint, one_of_each_linear
@@ -119,16 +119,18 @@ def _timed_block(ready: Prepared, layer: int) -> tuple[float, float, int]:
     tokens = ready.calibration.input_ids.shape[1]
     rows = min(ready.calibration.input_ids.shape[0], max(1, math.ceil(TIMED_TOKENS / tokens)))
     embedding = ready.spec.family.embedding + ".weight"
-    hidden = ready.reader.gather_rows(embedding, ready.calibration.input_ids[:rows])
+    ids = ready.calibration.input_ids[:rows]
     streams, fetch = [], shared_fetch(ready)
     for _ in ready.stream_rows:
-        store = ActivationStore((rows, tokens, ready.spec.hidden_size))
-        store.save(0, hidden)
-        streams.append(Stream(ready.skeleton.block(layer, fetch), store))
+        store = ActivationStore((rows, tokens, ready.spec.stream_width))
+        embed(ready.reader, embedding, ids, [store])
+        streams.append(Stream(ready.skeleton.block(layer, fetch, ready.reader.gather_rows), store))
     del fetch
     context, clock, skeleton = ready.skeleton.context(layer, tokens), _SolverClock(), ready.skeleton
     prefix = ready.spec.layer_prefix(layer)
-    run = BlockRun(prefix, context, skeleton.device, skeleton.dtype, _timing_config(ready.job.gptq), solve=clock)
+    run = BlockRun(
+        prefix, context, skeleton.device, skeleton.dtype, _timing_config(ready.job.gptq), solve=clock, ids=ids
+    )
     started = time.perf_counter()
     quantize_block(run, ready.spec.blocks[layer], streams, [stream.states for stream in streams])
     if skeleton.device.type == "cuda":

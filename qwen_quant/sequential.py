@@ -85,7 +85,7 @@ def _copy_kept(ready: Prepared, writer: PlannedWriter) -> None:
 
 def _stores(ready: Prepared, blocks_done: int) -> list[ActivationStore]:
     """One store per stream for the hidden states after `blocks_done` blocks."""
-    tokens, width = ready.calibration.input_ids.shape[1], ready.spec.hidden_size
+    tokens, width = ready.calibration.input_ids.shape[1], ready.spec.stream_width
     in_memory = ready.footprint.hidden_in_memory
     return [
         ActivationStore((rows, tokens, width), None if in_memory else ready.work.hidden_file(k, blocks_done))
@@ -113,11 +113,12 @@ def _quantize_layer(
 ) -> tuple[list[SolvedLinear], list[ActivationStore]]:
     """Solve block `layer`; returns its linears and the stores of the next hidden states."""
     fetch = shared_fetch(ready)
-    streams = [Stream(ready.skeleton.block(layer, fetch), store) for store in states]
-    skeleton = ready.skeleton
-    context = skeleton.context(layer, ready.calibration.input_ids.shape[1])
+    skeleton, ids = ready.skeleton, ready.calibration.input_ids
+    streams = [Stream(skeleton.block(layer, fetch, ready.reader.gather_rows), store) for store in states]
+    context = skeleton.context(layer, ids.shape[1])
     last = layer == ready.spec.num_layers - 1
-    run = BlockRun(ready.spec.layer_prefix(layer), context, skeleton.device, skeleton.dtype, ready.job.gptq, last)
+    prefix, config = ready.spec.layer_prefix(layer), ready.job.gptq
+    run = BlockRun(prefix, context, skeleton.device, skeleton.dtype, config, last, ids=ids)
     outputs = states if ready.footprint.hidden_in_memory else _stores(ready, layer + 1)
     del fetch
     return quantize_block(run, ready.spec.blocks[layer], streams, outputs), outputs

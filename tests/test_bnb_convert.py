@@ -47,7 +47,7 @@ CONFIGS = {
     "nf4_skip": BnbConfig(skip=("o_proj",)),
 }
 SAVED = json.loads((GOLDEN / "saved.json").read_text())["folders"]
-MOE_FAMILIES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe")
+MOE_FAMILIES = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen4_exp")
 BNB_SCRIPT = Path(__file__).parent / "support" / "bnb_peer.py"
 HERE = {"PYTHONPATH": str(REPOSITORY)}
 K_PROJ = "model.layers.0.self_attn.k_proj"
@@ -362,7 +362,10 @@ IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
 def dequantized_logits(source: Path, artifact: Path, folder: Path) -> torch.Tensor:
     """Logits of transformers' own model, experts fused, of a 16-bit folder that holds the artifact's dense weights."""
     packed = WeightSource(artifact)
-    tensors = {name: packed.dense(name).float().contiguous() for name in CheckpointReader(source).names}
+    stored = {name: CheckpointReader(source).info(name).dtype for name in CheckpointReader(source).names}
+    constants = {name: packed.reader.read(name) for name, dtype in stored.items() if dtype == torch.int64}
+    tensors = {name: packed.dense(name).float().contiguous() for name in stored if name not in constants}
+    tensors |= constants
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(source / "config.json", folder / "config.json")

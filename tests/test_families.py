@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qwen_quant import sequential
-from qwen_quant.block_solver import _tap
+from qwen_quant.block_solver import _tap, joined
 from qwen_quant.checkpoint.families import SparseBlock, SubBlock, model_spec, read_model_spec
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.errors import AuditError, InputError
@@ -41,6 +41,7 @@ IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
 TOKENS = 12 * 64
 CPU = torch.device("cpu")
 KEPT = re.compile(r".*(mlp\.gate|expert_gate|conv1d|A_log|dt_bias|in_proj_(ba|a|b)|norm|embed_tokens|lm_head)\b.*")
+NEW = re.compile(r".*\.(ple|indexer|(attn|mlp)_hyper_connection|hyper_connection_mixer)\.")
 TWO_BLOCKS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 
 
@@ -74,10 +75,11 @@ def reference_logits(folder: Path) -> torch.Tensor:
 def test_streaming_equals_the_whole_model(source: Path) -> None:
     reader, spec = CheckpointReader(source), read_model_spec(source)
     skeleton = Skeleton(spec, CPU, torch.float32)
-    hidden = reader.gather_rows(spec.family.embedding + ".weight", IDS).float()
+    hidden = reader.gather_rows(spec.family.embedding + ".weight", IDS).float().repeat(1, 1, spec.stream_copies)
     with torch.no_grad():
         for layer in range(spec.num_layers):
-            hidden = skeleton.block(layer, reader.read)(hidden, **skeleton.context(layer, IDS.shape[1]))
+            context = skeleton.context(layer, IDS.shape[1], IDS)
+            hidden = skeleton.block(layer, reader.read, reader.gather_rows)(hidden, **context)
         logits = skeleton.final_norm(reader.read)(hidden) @ reader.read(skeleton.head_name()).float().T
     expected = reference_logits(source)
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -87,17 +89,20 @@ def test_halves_equal_the_block(source: Path) -> None:
     """The solver's way through every kind of block is the block's own forward pass."""
     reader, spec = CheckpointReader(source), read_model_spec(source)
     skeleton = Skeleton(spec, CPU, torch.float32)
-    start = torch.randn(2, 32, spec.hidden_size, generator=torch.Generator().manual_seed(1))
+    start = torch.randn(2, 32, spec.stream_width, generator=torch.Generator().manual_seed(1))
     for halves, layers in spec.kinds().items():
-        block, context = skeleton.block(layers[0], reader.read), skeleton.context(layers[0], 32)
+        block = skeleton.block(layers[0], reader.read)
+        context = skeleton.context(layers[0], 32, IDS[:, :32])
         hidden = start
         with torch.no_grad():
             for half in halves:
+                if isinstance(half, SubBlock) and half.lookup:
+                    hidden = hidden + block.get_submodule(half.lookup)(hidden, IDS[:, :32], None)
                 if isinstance(half, SubBlock):
                     added = block.get_submodule(half.output)(_tap(block, half, hidden, context))
                 else:
                     added = block.get_submodule(half.module)(block.get_submodule(half.norm)(hidden))
-                hidden = hidden + added
+                hidden = joined(block, half, hidden, added)
             assert torch.equal(hidden, block(start, **context))
 
 
@@ -113,7 +118,7 @@ def test_every_parameter_is_quantized_or_kept_by_rule(source: Path, result: sequ
         if base in linears:
             assert f"{base}.qweight" in artifact and name not in artifact
         else:
-            assert KEPT.fullmatch(name) or name.endswith("bias") or ".visual." in name, name
+            assert KEPT.fullmatch(name) or name.endswith("bias") or ".visual." in name or NEW.match(name), name
             assert torch.equal(artifact.read(name), original.read(name))
     for layer in result.layers:
         assert layer.relative_error < layer.rounding_error, layer
@@ -125,7 +130,9 @@ def test_the_artifact_gives_the_logits_of_its_dequantized_weights(
     """A folder of dequantized weights, read by transformers with fused experts, against our reading of the artifact."""
     packed = WeightSource(result.out)
     names = CheckpointReader(source).names
-    tensors = {name: packed.dense(name).float().contiguous() for name in names}
+    constants = {name for name in names if CheckpointReader(source).info(name).dtype == torch.int64}
+    tensors = {name: packed.dense(name).float().contiguous() for name in names if name not in constants}
+    tensors |= {name: packed.reader.read(name) for name in constants}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     expected = reference_logits(tmp_path)

@@ -14,102 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwen_quant.checkpoint.halves import Family, Half, KeepRules, SparseBlock, SubBlock
 from qwen_quant.errors import InputError
 
-KeepRules = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class SubBlock:
-    """One pre-norm residual half of a decoder block: x + output(module_body(norm(x))).
-
-    Attributes:
-        norm: name in the block of the normalization in front.
-        module: name in the block of the mixer or MLP.
-        inputs: linears (names in the block) that all read the normalized input.
-        output: the linear (name in the block) that is the module's last operation.
-        takes_context: whether the module takes the block's keyword arguments (mask, positions).
-        without: keyword arguments of the block that the module does not take all the same.
-        joins_residual: whether `output` is added to the residual stream as it is (a shared expert's is scaled first).
-    """
-
-    norm: str
-    module: str
-    inputs: tuple[str, ...]
-    output: str
-    takes_context: bool = False
-    without: tuple[str, ...] = ()
-    joins_residual: bool = True
-
-    def linears(self) -> tuple[str, ...]:
-        """Names in a block of the linears to quantize, in solving order."""
-        return (*self.inputs, self.output)
-
-
-@dataclass(frozen=True)
-class SparseBlock:
-    """The half of a block whose MLP is a router and `count` experts (gate+up -> down), with or without a shared one.
-
-    Attributes:
-        norm: name in the block of the normalization in front.
-        module: name of the MLP; it holds `gate` (the router) and `experts`.
-        count: routed experts.
-        shared: the expert that every token passes, as an ordinary half of the same norm.
-    """
-
-    norm: str
-    module: str
-    count: int
-    shared: SubBlock | None = None
-
-    def expert(self, index: int) -> SubBlock:
-        """Expert `index` as a half that reads the tokens routed to it."""
-        name = f"{self.module}.experts.{index}"
-        inputs = (f"{name}.gate_proj", f"{name}.up_proj")
-        return SubBlock(self.norm, name, inputs, f"{name}.down_proj", joins_residual=False)
-
-    def linears(self) -> tuple[str, ...]:
-        """Names in a block of the linears to quantize, in solving order."""
-        shared = self.shared.linears() if self.shared else ()
-        return (*shared, *(name for k in range(self.count) for name in self.expert(k).linears()))
-
-
-Half = SubBlock | SparseBlock
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table.
-
-    Attributes:
-        model_type: `model_type` of config.json.
-        sub_blocks: the halves of an ordinary block in execution order: mixer, MLP.
-        layers_prefix: disk name in front of the block number.
-        embedding, final_norm, head: disk names (without ".weight").
-        keep_rules: (pattern, reason) for parameters that stay 16-bit on purpose; matched with re.fullmatch.
-        key_aliases: (older name, name) of keys of config.json.
-        linear_mixer: the mixer of a block whose entry in layer_types is "linear_attention".
-        sparse: whether blocks have routed experts where config.json says so.
-        shared: the shared expert of such a block.
-        passengers: patterns of tensors that the model has no module for and that are carried through unchanged.
-        skips: GPTQModel's negative `dynamic` patterns (without "-:") for modules that stay 16-bit.
-        has_vision: whether the checkpoint is a vision model's, whose text decoder this is.
-    """
-
-    model_type: str
-    sub_blocks: tuple[SubBlock, ...]
-    layers_prefix: str
-    embedding: str
-    final_norm: str
-    head: str
-    keep_rules: KeepRules
-    key_aliases: tuple[tuple[str, str], ...] = ()
-    linear_mixer: SubBlock | None = None
-    sparse: bool = False
-    shared: SubBlock | None = None
-    passengers: tuple[str, ...] = ()
-    skips: tuple[str, ...] = ()
-    has_vision: bool = False
+__all__ = [
+    "FAMILIES",
+    "FIRST_RELEASE_KEYS",
+    "Family",
+    "Half",
+    "ModelSpec",
+    "SparseBlock",
+    "SubBlock",
+    "model_spec",
+    "read_config",
+    "read_model_spec",
+]
 
 
 @dataclass(frozen=True)
@@ -127,6 +46,20 @@ class ModelSpec:
     def text_config(self) -> dict[str, Any]:
         """The part of config.json that describes the text decoder."""
         return _text_config(self.config)
+
+    @property
+    def stream_copies(self) -> int:
+        """How many hidden states wide the residual stream is; each starts as the embedding."""
+        return int(self.text_config.get("hc_count") or 4) if self.family.hyper else 1
+
+    @property
+    def stream_width(self) -> int:
+        """Values per token between blocks."""
+        return self.hidden_size * self.stream_copies
+
+    def is_table(self, name: str) -> bool:
+        """Whether tensor `name` is a table that is read by rows and never whole."""
+        return any(re.fullmatch(pattern, name) for pattern in self.family.tables)
 
     def layer_prefix(self, layer: int) -> str:
         """Disk prefix of block `layer`, with its closing dot."""
@@ -246,6 +179,15 @@ _VISION_KEEP: KeepRules = (
 _ROUTER_SKIPS = (r".*\.mlp\.gate$",)
 _SHARED_SKIPS = (r".*shared_expert_gate.*",)
 _LINEAR_SKIPS = (r".*\.in_proj_(ba|a|b)$", r".*mtp.*")
+_HASH_CONSTANTS = r".*\.ple\.ple_embedding\.(layer_multipliers|ngram_heads_\w+)"  # computed from config.json
+_HYPER_KEEP: KeepRules = (
+    (r".*hyper_connection(_mixer)?\..*", "hyper-connections stay 16-bit: every block reads through them"),
+    (r".*\.self_attn\.indexer\..*", "the indexer stays 16-bit: it chooses what attention sees"),
+    (_HASH_CONSTANTS, "constants of the n-gram hash, not weights"),
+    (r".*\.ple\..*", "n-gram tables and their projections stay 16-bit"),
+)
+_HYPER_SKIPS = (r".*hyper_connection.*", r".*\.indexer\..*", r".*\.ple\..*")
+_NOT_FOR_HYPER_LINEAR = ("position_embeddings", "attention_mask", "past_key_values", "conv_mask", "ple_input_ids")
 # Arguments of a block that transformers' own blocks keep from their linear attention.
 _NOT_FOR_LINEAR = ("position_embeddings", "position_ids", "past_key_values")
 
@@ -283,6 +225,37 @@ def _vision(row: Family, model_type: str) -> Family:
     )
 
 
+def _hyper(row: Family) -> Family:
+    """`row` with hyper-connections, a sparse-attention indexer, and n-gram tables in some blocks (qwen4_exp).
+
+    `models/hyper.py` gives every block the modules that are named here: `attn_input` and `mlp_input` mix the streams
+    into what the half reads, `attn_join` and `mlp_join` add its output to each of them.
+    """
+    mixer, mlp = row.sub_blocks
+    assert row.linear_mixer is not None and row.shared is not None
+
+    def attention(half: SubBlock, without: tuple[str, ...]) -> SubBlock:
+        return replace(half, norm="attn_input", join="attn_join", joins_residual=False, without=without)
+
+    prefix = row.final_norm.rpartition(".")[0]
+    return replace(
+        row,
+        sub_blocks=(
+            attention(mixer, ("conv_mask", "ple_input_ids")),
+            replace(mlp, norm="mlp_input", join="mlp_join", joins_residual=False),
+        ),
+        linear_mixer=attention(row.linear_mixer, _NOT_FOR_HYPER_LINEAR),
+        shared=replace(row.shared, norm="mlp_input"),
+        final_norm=f"{prefix}.hyper_connection_mixer",
+        keep_rules=(*row.keep_rules, *_HYPER_KEEP),
+        skips=(*row.skips, *_HYPER_SKIPS),
+        passengers=(*row.passengers, _HASH_CONSTANTS),
+        hyper=True,
+        lookup="ple",
+        tables=(r".*\.ngram_embedding\.shard_\d+\.weight",),
+    )
+
+
 _QWEN3_5 = _hybrid(_dense("qwen3_5_text"), _linear_mixer("in_proj_qkv", "in_proj_z"))
 _QWEN3_5_MOE = _sparse(replace(_QWEN3_5, model_type="qwen3_5_moe_text"), shared=True)
 FAMILIES: dict[str, Family] = {
@@ -298,6 +271,8 @@ FAMILIES: dict[str, Family] = {
         _QWEN3_5_MOE,
         _vision(_QWEN3_5, "qwen3_5"),
         _vision(_QWEN3_5_MOE, "qwen3_5_moe"),
+        _hyper(replace(_QWEN3_5_MOE, model_type="qwen4_exp_text")),
+        _hyper(_vision(_QWEN3_5_MOE, "qwen4_exp")),
     )
 }
 
@@ -357,9 +332,11 @@ def _blocks(family: Family, text: dict[str, Any], layers: int) -> tuple[tuple[Ha
         mixer, mlp = family.sub_blocks
         if family.linear_mixer is not None and kinds[layer] == "linear_attention":
             mixer = family.linear_mixer
+        if family.lookup and layer + 1 in (text.get("ple_layer_ids") or ()):
+            mixer = replace(mixer, lookup=family.lookup)
         half: Half = mlp
         if _is_sparse(family, text, layer):
-            half = SparseBlock(mlp.norm, mlp.module, _experts(text), family.shared)
+            half = SparseBlock(mlp.norm, mlp.module, _experts(text), family.shared, mlp.join)
         found.append((mixer, half))
     return tuple(found)
 

@@ -129,9 +129,15 @@ def versions() -> dict[str, str]:
     return {"qwen-quant": __version__, "python": platform.python_version(), **found}
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `qwen-quant.json`, with the sha256 of every other file of the artifact in it."""
-    outputs = {p.name: file_sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST_FILE}
+def write_manifest(folder: Path, manifest: dict[str, Any], hashes: dict[str, str] | None = None) -> None:
+    """Write `qwen-quant.json`, with the sha256 of every other file of the artifact in it.
+
+    Args:
+        hashes: file name -> sha256 of files that were hashed already and have not changed since.
+    """
+    known = hashes or {}
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != MANIFEST_FILE)
+    outputs = {name: known.get(name) or file_sha256(folder / name) for name in names}
     _write_json(folder / MANIFEST_FILE, {**manifest, "output": {"sha256": outputs}})
 
 

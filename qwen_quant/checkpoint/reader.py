@@ -40,6 +40,7 @@ PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FUSED_EXPERTS = re.compile(r"(model\.(?:language_model\.)?layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _HASH_CHUNK_BYTES = 1 << 22
 _PART_BYTES = 64 << 20
+_SEEK_BYTES = 1 << 16  # reading one row by itself takes about as long as reading so many bytes in a large piece
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ class CheckpointReader:
     def gather_rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
         """Rows `indices` (int64, any shape) of the matrix `name`: [*indices.shape, width], dtype as stored.
 
-        Reads the matrix in pieces and keeps only the rows asked for (InputError for an index out of range).
+        Reads the matrix in pieces and keeps only the rows asked for, or those one by one where they are few (InputError
+        for an index out of range).
         """
         info = self.info(name)
         unique, inverse = torch.unique(indices, return_inverse=True)
@@ -204,6 +206,10 @@ class CheckpointReader:
         row_bytes = info.nbytes // info.shape[0]
         rows_per_part = max(1, _PART_BYTES // row_bytes)
         kept = torch.empty(unique.numel(), info.shape[1], dtype=info.dtype)
+        if unique.numel() * _SEEK_BYTES < info.nbytes:  # few rows of a large table
+            for k, row in enumerate(unique.tolist()):
+                kept[k] = self._read_bytes(info, row * row_bytes, row_bytes)
+            return kept[inverse]
         for start in range(0, info.shape[0], rows_per_part):
             stop = min(start + rows_per_part, info.shape[0])
             low, high = (int(torch.searchsorted(unique, edge)) for edge in (start, stop))
@@ -214,18 +220,17 @@ class CheckpointReader:
 
     def _read_bytes(self, info: TensorInfo, start: int, count: int) -> torch.Tensor:
         """`count` bytes from byte `start` of a tensor's data, as its flat values."""
-        if not count:
-            return torch.empty(0, dtype=info.dtype)
-        buffer = bytearray(count)
+        # Not cleared first, as a bytearray is; on the CPU also where models are built under torch.device("meta").
+        buffer = torch.empty(count // info.dtype.itemsize, dtype=info.dtype, device="cpu")
+        view, done = raw_bytes(buffer), 0
         with open(info.file, "rb", buffering=0) as file:
             file.seek(info.offset + start)
-            view, done = memoryview(buffer), 0
             while done < count:
                 got = file.readinto(view[done:])
                 if not got:
                     raise InputError(f"{info.file} ended inside '{info.name}'", next_step="fetch this file again")
                 done += got
-        return torch.frombuffer(buffer, dtype=info.dtype)
+        return buffer
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -22,7 +22,7 @@ from qwen_quant.environment import memory_bytes
 from qwen_quant.errors import InputError
 from qwen_quant.evaluation.streaming import Head
 from qwen_quant.kv_cache import PLAIN, make_cache
-from qwen_quant.models.skeleton import Fetch, Skeleton, expected_tensors, meta_model
+from qwen_quant.models.skeleton import TOKEN_IDS, Fetch, Skeleton, expected_tensors, meta_model
 from qwen_quant.progress import ProgressFn
 from qwen_quant.runtime.loading import WeightSource, load_model
 
@@ -144,7 +144,7 @@ class StreamedModel:
         fetch = _checked(source, expected_tensors(skeleton.model))
 
         def maker(layer: int) -> Callable[[], nn.Module]:
-            return lambda: skeleton.block(layer, fetch)
+            return lambda: skeleton.block(layer, fetch, source.reader.gather_rows)
 
         layers_name = source.spec.family.layers_prefix.rsplit(".", 1)[-1]
         inner = enumerate(getattr(decoder, layers_name))
@@ -156,12 +156,15 @@ class StreamedModel:
     def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """As in `CausalModel`."""
         rows = self._source.reader.gather_rows(self._source.spec.family.embedding + ".weight", ids.cpu())
+        # A decoder that looks things up by token ids would search its embedding, which is not held, for each row.
+        tokens = {TOKEN_IDS: ids} if self._source.spec.family.lookup else {}
         hidden = self._decoder(
             inputs_embeds=rows.to(ids.device, torch.float32),
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            **tokens,
         ).last_hidden_state
         return self._head.logits(hidden[:, -1])
 

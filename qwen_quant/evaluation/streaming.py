@@ -50,16 +50,16 @@ def final_hidden(
     Errors: InputError when a hidden state is not finite, with the block named.
     """
     rows, tokens = windows.shape
-    store = ActivationStore((rows, tokens, source.spec.hidden_size), dtype=torch.float32)
+    store = ActivationStore((rows, tokens, source.spec.stream_width), dtype=torch.float32)
     embed(source.reader, source.spec.family.embedding + ".weight", windows, [store])
     step = _step(source, tokens)
     caches = cache_context(source.spec, skeleton.model, kv_cache)
     for layer in range(source.spec.num_layers):
-        block = skeleton.block(layer, source.dense)
-        context = {**skeleton.context(layer, tokens), **caches.get(layer, {})}
+        block = skeleton.block(layer, source.dense, source.reader.gather_rows)
         with dense_weights(block, ordinary_linears(block), torch.float32):
             for span in _spans(rows, step):
-                out = block(store.load(*span).to(skeleton.device), **context)
+                context = skeleton.context(layer, tokens, windows[span[0] : span[1]])
+                out = block(store.load(*span).to(skeleton.device), **{**context, **caches.get(layer, {})})
                 out = out[0] if isinstance(out, tuple) else out
                 if not bool(torch.isfinite(out).all()):
                     raise InputError(f"{source.folder}: the hidden states after block {layer} are not finite")
@@ -73,7 +73,7 @@ def _step(source: WeightSource, tokens: int) -> int:
     """Rows per batch: few, but with experts, which become dense once a batch, so many that each sees some tokens."""
     spec = source.spec
     if spec.expert_count:
-        return max(1, SPARSE_BATCH_BYTES // (4 * tokens * spec.hidden_size))
+        return max(1, SPARSE_BATCH_BYTES // (4 * tokens * spec.stream_width))
     return batch_rows(tokens, int(spec.text_config.get("intermediate_size") or spec.hidden_size))
 
 

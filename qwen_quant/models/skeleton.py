@@ -24,9 +24,11 @@ from qwen_quant.environment import cpu_features
 from qwen_quant.errors import InputError
 from qwen_quant.models import qwen1  # noqa: F401 (registers model_type "qwen" with transformers)
 from qwen_quant.models.experts import ExpertList, separate_experts
+from qwen_quant.models.hyper import RowFetch, ShardedLookup, add_halves, separate_tables
 from qwen_quant.models.qwen1_config import say_auto_map_is_ignored
 
 Fetch = Callable[[str], Tensor]
+TOKEN_IDS = "ple_input_ids"  # a block's argument, in transformers' words
 
 
 class StoredLinear(nn.Module):
@@ -120,20 +122,26 @@ def meta_model(spec: ModelSpec) -> PreTrainedModel:
             "config.json does not describe a model that transformers can build", str(error), "fetch config.json again"
         ) from error
     separate_experts(model)
+    separate_tables(model)
     return model.eval()
 
 
-def ordinary_linears(block: nn.Module) -> list[str]:
-    """Names of the block's stored linears that are not a routed expert's: those that every token passes."""
+def ordinary_linears(block: nn.Module, prefix: str = "") -> list[str]:
+    """Names of the block's stored linears that are not a routed expert's: those that every token passes.
+
+    Args:
+        prefix: where `block` is only a module of a block, its name there, with a dot.
+    """
     experts = tuple(f"{name}." for name, module in block.named_modules() if isinstance(module, ExpertList))
     names = [name for name, module in block.named_modules() if isinstance(module, StoredLinear)]
-    return [name for name in names if not name.startswith(experts)]
+    return [prefix + name for name in names if not name.startswith(experts)]
 
 
 def expected_tensors(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter a checkpoint of `model` must hold (tied copies left out)."""
     tied = set(model.all_tied_weights_keys)
-    persistent = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    # Buffers of integers are constants that transformers computes from config.json.
+    persistent = {name: tuple(v.shape) for name, v in model.state_dict().items() if v.is_floating_point()}
     return {name: shape for name, shape in persistent.items() if name not in tied}
 
 
@@ -153,11 +161,18 @@ class Skeleton:
         self._blocks = list(getattr(self.model.get_decoder(), self._layers_name))
         self._contexts: dict[int, list[dict[str, Any]]] = {}
 
-    def context(self, layer: int, sequence_length: int) -> dict[str, Any]:
-        """Keyword arguments that block `layer` gets for unpadded rows of `sequence_length` tokens."""
+    def context(self, layer: int, sequence_length: int, ids: Tensor | None = None) -> dict[str, Any]:
+        """Keyword arguments that block `layer` gets for unpadded rows of `sequence_length` tokens.
+
+        Args:
+            ids: int64 [rows, sequence_length], the rows' tokens; needed by blocks that look something up by them.
+        """
         if sequence_length not in self._contexts:
             self._contexts = {sequence_length: self._record(sequence_length)}
-        return self._contexts[sequence_length][layer]
+        found = self._contexts[sequence_length][layer]
+        if ids is not None and found.get(TOKEN_IDS) is not None:
+            return {**found, TOKEN_IDS: ids.to(self.device)}
+        return found
 
     def _record(self, sequence_length: int) -> list[dict[str, Any]]:
         decoder = self.model.get_decoder()
@@ -168,19 +183,30 @@ class Skeleton:
         setattr(decoder, norm_name, nn.Identity())
         decoder.rotary_emb = type(rotary)(config=decoder.config).to(self.device)
         embeds = torch.zeros(1, sequence_length, self.spec.hidden_size, dtype=self.dtype, device=self.device)
+        tokens = torch.zeros(1, sequence_length, dtype=torch.int64, device=self.device)
+        own = {TOKEN_IDS: tokens} if self.spec.family.lookup else {}
         try:
             with torch.no_grad():
-                decoder(inputs_embeds=embeds, use_cache=False)
+                decoder(inputs_embeds=embeds, use_cache=False, **own)
         finally:
             decoder.rotary_emb = rotary
             setattr(decoder, self._layers_name, nn.ModuleList(self._blocks))
             setattr(decoder, norm_name, norm)
         return [recorder.kwargs for recorder in recorders]
 
-    def block(self, layer: int, fetch: Fetch) -> nn.Module:
-        """Block `layer` with its parameters from `fetch(full disk name)`: linears as stored, the rest in `dtype`."""
+    def block(self, layer: int, fetch: Fetch, rows: RowFetch | None = None) -> nn.Module:
+        """Block `layer` with its parameters from `fetch(full disk name)`: linears as stored, the rest in `dtype`.
+
+        Args:
+            rows: (full disk name, int64 indices) -> those rows of a matrix, for tables too large to be held; without
+                it the parts of a table are fetched one at a time.
+        """
         block = copy.deepcopy(self._blocks[layer])
         prefix = self.spec.layer_prefix(layer)
+        for name, module in block.named_modules():
+            if isinstance(module, ShardedLookup):
+                read = rows or (lambda full_name, indices: fetch(full_name)[indices])
+                module.read_rows(f"{prefix}{name}", read, (self.device, self.dtype))
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.Linear):
                 bias = fetch(f"{prefix}{name}.bias").to(self.device) if module.bias is not None else None
@@ -190,14 +216,18 @@ class Skeleton:
                 owner, leaf = block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
                 value = fetch(prefix + name).to(self.device, self.dtype)
                 setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
-        return block.eval()
+        add_halves(block)
+        return block.to(self.device).eval()
 
     def final_norm(self, fetch: Fetch) -> nn.Module:
-        """The normalization in front of the head, in `dtype`."""
+        """What stands in front of the head, in `dtype`: a normalization, or what mixes the streams."""
         name = self.spec.family.final_norm
         norm = copy.deepcopy(self.model.get_submodule(name))
-        norm.weight = nn.Parameter(fetch(name + ".weight").to(self.device, self.dtype), requires_grad=False)
-        return norm
+        for leaf, _ in list(norm.named_parameters()):
+            value = fetch(f"{name}.{leaf}").to(self.device, self.dtype)
+            owner = norm.get_submodule(leaf.rpartition(".")[0])
+            setattr(owner, leaf.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
+        return norm.eval()
 
     def head_name(self) -> str:
         """Disk name of the output head's weight (the embedding's when they are tied)."""

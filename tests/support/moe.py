@@ -38,6 +38,23 @@ LINEAR = {
     "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
 }
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
+HYPER = {
+    "hc_count": 3,
+    "hc_lowrank": 16,
+    "ple_layer_ids": [2],
+    "ngram_size": 3,
+    "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 50,
+    "make_ngram_vocab_size_divisible_by": 16,
+    "split_ngram_parts": 4,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "eos_token_id": 257,
+}
+_QWEN4 = {key: value for key, value in {**TEXT, **SPARSE, **LINEAR, **HYPER}.items() if key != "intermediate_size"}
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**TEXT, **SPARSE, "mlp_only_layers": [1]},
     "qwen3_moe": {**TEXT, **SPARSE, "norm_topk_prob": True, "decoder_sparse_step": 2},
@@ -46,8 +63,10 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**TEXT, **SPARSE, **LINEAR},
     "qwen3_5": {"text_config": {**TEXT, **LINEAR}, "vision_config": VISION},
     "qwen3_5_moe": {"text_config": {**TEXT, **SPARSE, **LINEAR}, "vision_config": VISION},
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": {"text_config": _QWEN4, "vision_config": VISION},
 }
-SPARSE_FAMILIES = tuple(name for name in FAMILY_CONFIGS if "moe" in name or "next" in name)
+SPARSE_FAMILIES = tuple(name for name in FAMILY_CONFIGS if "moe" in name or "next" in name or "qwen4" in name)
 
 
 def random_weights(model: PreTrainedModel) -> None:
@@ -60,6 +79,10 @@ def random_weights(model: PreTrainedModel) -> None:
                 parameter.mul_(3).mul_(torch.exp(0.5 * torch.randn(parameter.shape[1])))
             elif name.endswith("mlp.gate.weight"):
                 parameter.normal_(0, 0.3)
+            elif "conv1d" in name and not bool(parameter.any()):  # qwen4_exp starts its n-gram convolution at zero
+                parameter.normal_(0, 0.3)
+            elif "ngram_embedding" in name:
+                parameter.normal_(0, 1)
             elif "norm" in name and parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif name.endswith("bias") and "dt_bias" not in name:
