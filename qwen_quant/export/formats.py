@@ -30,6 +30,7 @@ LOCATIONS = {
     "f16": "qwen_quant.export.dense:F16",
     "f32": "qwen_quant.export.dense:F32",
     "mlx": "qwen_quant.export.mlx:MLX",
+    "gguf": "qwen_quant.export.gguf:GGUF",
 }
 
 
