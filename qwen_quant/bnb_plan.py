@@ -9,7 +9,7 @@ hold, are taken apart here and written one by one; transformers reads them where
     weights that nobody asked to skip   at least 90% become codes    (MIN_SUPPORTED_SHARE)
     all weights, --skip included        at least 50% become codes    (MIN_QUANTIZED_SHARE)
 
-"Weights" are the matrices of the decoder's blocks, experts included.
+"Weights" are the matrices of the decoder's blocks, experts included; tables of embeddings are none.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def _check_share(spec: ModelSpec, reader: CheckpointReader, chosen: Accounting, 
     matrices = {
         name: math.prod(reader.info(name).shape)
         for name in (*chosen.quantized, *chosen.kept)
-        if name.startswith(f"{spec.family.layers_prefix}.") and len(reader.info(name).shape) >= 2
+        if name.startswith(f"{spec.family.layers_prefix}.")
+        and len(reader.info(name).shape) >= 2
+        and not spec.is_table(name)
     }
     codes, total = sum(matrices[name] for name in chosen.quantized), sum(matrices.values())
     supported = total - sum(matrices[name] for name in asked)

@@ -379,7 +379,8 @@ def test_routed_experts_are_quantized_one_by_one(family: str, config: BnbConfig,
     model = make_family_checkpoint(tmp_path / "in", family)
     result = convert(model, tmp_path / "out", config)
     artifact, spec = CheckpointReader(tmp_path / "out"), WeightSource(model).spec
-    assert {linear.name for linear in result.linears} == set(spec.linear_names()) and result.quantized_share > 0.98
+    assert {linear.name for linear in result.linears} == set(spec.linear_names())
+    assert result.quantized_share > (0.9 if spec.family.hyper else 0.98)
     experts = [name for name in spec.linear_names() if ".mlp.experts." in name]
     assert len(experts) > 40 and all(artifact.info(f"{name}.weight").shape[1] == 1 for name in experts), "no stacking"
     kept = set(CheckpointReader(model).names) - {f"{name}.weight" for name in spec.linear_names()}

@@ -40,8 +40,9 @@ LINEAR = {
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
 HYPER = {
     "hc_count": 3,
-    "hc_lowrank": 16,
+    "hc_lowrank": 4,
     "ple_layer_ids": [2],
+    "ple_embed_dim": 64,
     "ngram_size": 3,
     "heads_per_ngram": 2,
     "ngram_vocab_size_base": 50,
