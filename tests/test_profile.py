@@ -126,6 +126,10 @@ def test_noise_is_no_growth() -> None:
     assert clear_slope(noise) < 2e-5
     assert clear_slope([0.3 - 1e-3 * k for k in range(100)]) == 0
     assert clear_slope([0.1 * k for k in range(10)]) == 0  # too few to tell
+    busy = [0.02 + 1e-6 * (k % 7) + (0.05 if k > 60 and k % 3 else 0.0) for k in range(90)]
+    assert clear_slope(busy) < 1e-7, "what another program takes towards the end is no growth"
+    growing = [0.02 + 1e-5 * k + (0.05 if k % 3 else 0.0) for k in range(96)]
+    assert clear_slope(growing) == pytest.approx(1e-5, rel=0.2)
 
 
 def test_a_long_prefill_is_not_cut_before_a_few_tokens() -> None:
@@ -317,7 +321,7 @@ def test_compiled_steps_generate_the_same(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic: forward)
     found = child.answer(request(folder, Cell(3, 6, 2), compile=True))
     assert found["status"] == MEASURED and found["compile_seconds"] > 0 and "torch.compile" in found["kernel"]
-    assert found["runs"][0]["cache_capacity"] == 9 and found["runs"][0]["cache_tokens"] == 8
+    assert found["runs"][0]["cache_capacity"] == found["runs"][0]["cache_tokens"] == 8  # of the 9 that were reserved
     m = measurement("m", Cell(3, 6, 2), found, bandwidth=1e9)
     assert m.compile_seconds == found["compile_seconds"] and not m.memory.extrapolated
     assert m.roofline.bytes_per_step < found["step_weights_bytes"] + found["runs"][0]["cache_bytes"]

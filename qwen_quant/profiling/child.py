@@ -195,8 +195,20 @@ def run(
     before = meter.read()
     timing = time_generation(generation.step, generation.step, cell.new_tokens, time.perf_counter, max_seconds)
     joules = joules_between(before, meter.read())
-    cache = generation.cache
-    return Run(timing, joules, cache_nbytes(cache), cache_capacity(cache), generation.position)
+    return Run(timing, joules, *held_cache(generation), generation.position)
+
+
+def held_cache(generation: Generation) -> tuple[int, int]:
+    """(bytes, tokens a row that they are for) of what a generation's cache takes at its end.
+
+    Room that was asked for in advance and never written to takes no memory on the CPU: there a cache that a cut
+    generation left half empty counts as the half, which is what the resident set saw.
+    """
+    nbytes, capacity = cache_nbytes(generation.cache), cache_capacity(generation.cache)
+    in_advance = generation.takes_native or generation.compiled is not None
+    if not in_advance or generation.next.device.type != "cpu" or generation.position >= capacity:
+        return nbytes, capacity
+    return nbytes * generation.position // capacity, generation.position
 
 
 def _device_used(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Timing of one generation against any clock, and what the times say. No torch.
 
 A generation that is cut short is extrapolated: its missing tokens take the mean time of those that were seen, or, where
-the time of a token grows clearly with its position (slope above two standard errors), the fitted line.
+the time of a token grows clearly with its position (`clear_slope`), the fitted line.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from qwen_quant.profiling.results import Spread
 CURVE_POINTS = 64
 LEAST_TOKENS = 4  # a generation is never cut before these: one prefill and three steps
 _FIT_TOKENS = 64  # fewer say nothing about a slope
+_FIT_BLOCKS = 16
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,22 @@ def total_seconds(timing: Timing) -> float:
 
 
 def clear_slope(values: Sequence[float]) -> float:
-    """Growth per step by least squares where it is positive and above two standard errors, else 0."""
-    count = len(values)
-    if count < _FIT_TOKENS:
+    """Growth per step where it is positive and above two standard errors, else 0.
+
+    By least squares through the least value of each of _FIT_BLOCKS equal stretches: what other programs take for a
+    while only ever adds time, and a line through all values would take it for growth.
+    """
+    block = len(values) // _FIT_BLOCKS
+    if len(values) < _FIT_TOKENS:
         return 0.0
+    late = values[len(values) - block * _FIT_BLOCKS :]
+    least = [min(late[start : start + block]) for start in range(0, len(late), block)]
+    return _slope(least) / block
+
+
+def _slope(values: Sequence[float]) -> float:
+    """Slope of the least-squares line where it is above two standard errors, else 0."""
+    count = len(values)
     middle, mean = (count - 1) / 2, sum(values) / count
     spread = count * (count**2 - 1) / 12
     slope = sum((i - middle) * (v - mean) for i, v in enumerate(values)) / spread

@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 from qwen_quant.errors import UsageError
 from qwen_quant.kv_cache import GROWTH_TOKENS, Int8Cache
-from qwen_quant.profiling.child import Generation
+from qwen_quant.profiling.child import Generation, held_cache
 from qwen_quant.runtime.decode import decode, decoding_cache, filled_storage, preallocated_cache
 from qwen_quant.runtime.native_step import NativeStep, refusal
 from qwen_quant.runtime.quantized_model import load_quantized
@@ -122,6 +122,18 @@ def test_decode_and_profile_take_it_and_say_so(tmp_path: Path) -> None:
     assert Generation(model, IDS, "qwen", 12).takes_native is False
     with pytest.raises(UsageError, match="fixed size"):
         decode(model, IDS, 2, compiled=True, kv_cache="int8")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_room_that_a_cut_generation_never_used_is_no_memory(tmp_path: Path, kind: str) -> None:
+    model = load_quantized(artifact(tmp_path), dtype=torch.float32)
+    generation = Generation(model, IDS, kind, 3000)
+    for _ in range(4):
+        generation.step()
+    nbytes, tokens = held_cache(generation)
+    assert tokens == IDS.shape[1] + 3
+    token_bytes = 2 * 2 * 2 * (32 * 4 if kind == "bf16" else 32 + 4)  # layers, keys and values, heads
+    assert nbytes == tokens * token_bytes
 
 
 def test_what_it_does_not_run_is_refused_with_the_reason(tmp_path: Path) -> None:
