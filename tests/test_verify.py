@@ -162,7 +162,7 @@ def test_sign_and_verify(artifact: Path, key: Path, tmp_path: Path, capsys: pyte
     assert verify_folder(artifact, key=public).signature == "valid"
     assert run("sign", str(artifact), "--key", str(key), capsys=capsys)[0] == 0
     assert (artifact / "model.sig").read_bytes() == first  # still valid, so kept
-    official = [sys.executable, "-m", "model_signing", "verify", "key", str(artifact), "--public-key", str(public)]
+    official = [sys.executable, "-m", "model_signing", "verify", "key", str(artifact), "--public_key", str(public)]
     subprocess.run([*official, "--signature", str(artifact / "model.sig")], check=True, capture_output=True)
     flip(artifact / "LICENSE", 0)
     found = verify_folder(artifact, key=public)
