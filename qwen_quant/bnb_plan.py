@@ -144,7 +144,8 @@ def _select(ready: Accounting, linears: _Linears, config: BnbConfig) -> tuple[Ac
         )
     skip: list[str] | None = None
     if chosen != linears.replaced:
-        also = {re.sub(r"^.*\.\d+\.", "", name) for name in linears.replaced - table}
+        # A vision checkpoint may be loaded as its text model alone, whose names lack the decoder's own prefix.
+        also = {re.sub(r"^(.*\.\d+\.|model\.language_model\.)", "", name) for name in linears.replaced - table}
         skip = [*linears.default_skip, *sorted(also), *config.skip]
         if chosen != {name for name in linears.every if should_convert_module(name, skip)}:
             raise AuditError("no skip list makes transformers replace exactly the linears to quantize", str(skip))
