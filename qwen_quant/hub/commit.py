@@ -52,9 +52,9 @@ class Message:
 
 
 def push_id(session: Session, files: Sequence[UploadFile]) -> str:
-    """20 hex digits that name this content at this target."""
+    """20 hex digits that name this content at this target (whichever mirror of the hub it is reached through)."""
     hashes = {file.name: file.sha256 for file in files}
-    what = [session.endpoint, session.repo_id, session.branch, session.create_pr, sorted(hashes.items())]
+    what = [session.repo_id, session.branch, session.create_pr, sorted(hashes.items())]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]
 
 

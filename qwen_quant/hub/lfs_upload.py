@@ -128,6 +128,8 @@ def _actions(session: Session, files: Sequence[UploadFile], start: int, addition
                 headers=session.headers,
             )
         )
+    except client_errors():
+        raise  # some of them are ValueErrors too
     except _MALFORMED as error:
         raise _unusable(session, str(error)) from error
     if refused:
@@ -140,6 +142,8 @@ def _send(session: Session, addition: Any, action: dict[str, Any]) -> None:
 
     try:
         lfs_upload(operation=addition, lfs_batch_action=action, headers=session.headers, endpoint=session.endpoint)
+    except client_errors():
+        raise  # some of them are ValueErrors too
     except _MALFORMED as error:
         raise _unusable(session, str(error)) from error
 

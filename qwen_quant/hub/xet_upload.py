@@ -21,6 +21,8 @@ from qwen_quant.progress import ProgressFn
 _MIB = 1 << 20
 _POLICY = RetryPolicy(attempts=3, first_wait_seconds=1.0)
 _XET_ERRORS = (RuntimeError, ValueError, OSError)
+# Blocks of up to 64 MB are in memory while they are sent; hf_xet would let their number grow to 64.
+_BOUNDS = {"client.ac_max_upload_concurrency": 2, "data.max_concurrent_file_ingestion": 2}
 
 
 def upload_xet(session: Session, files: Sequence[UploadFile], progress: ProgressFn) -> None:
@@ -54,7 +56,7 @@ def _upload_once(session: Session, files: Sequence[UploadFile], progress: Progre
     def report(group: Any, items: Any) -> None:
         progress("uploading to Xet (MiB)", min(group.total_bytes_completed, total) // _MIB, max(1, total // _MIB))
 
-    xet = hf_xet.XetSession()
+    xet = hf_xet.XetSession(config=hf_xet.XetConfig().with_config(_BOUNDS))
     try:
         with xet.new_upload_commit(**_connection(session), progress_callback=report) as commit:
             # Hashed again on the way: what is stored is then known to be what was checked before.
