@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qwen_quant.checkpoint.families import read_model_spec
-from qwen_quant.checkpoint.reader import CheckpointReader
+from qwen_quant.checkpoint.reader import CheckpointReader, TensorInfo
 from qwen_quant.memory import _largest_block
 from qwen_quant.models.hyper import ShardedLookup
 from qwen_quant.models.skeleton import Skeleton
@@ -71,5 +71,10 @@ def test_few_rows_are_read_one_by_one(source: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("qwen_quant.checkpoint.reader._SEEK_BYTES", 1)
     read = CheckpointReader._read_bytes
     sizes: list[int] = []
-    monkeypatch.setattr(CheckpointReader, "_read_bytes", lambda s, i, a, n: (sizes.append(n), read(s, i, a, n))[1])
+
+    def counted(self: CheckpointReader, info: TensorInfo, start: int, count: int) -> torch.Tensor:
+        sizes.append(count)
+        return read(self, info, start, count)
+
+    monkeypatch.setattr(CheckpointReader, "_read_bytes", counted)
     assert torch.equal(reader.gather_rows(name, ids), expected) and sizes == [256, 256, 256]
