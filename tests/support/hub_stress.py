@@ -85,7 +85,9 @@ def make_plan(seed: int) -> Plan:
     else:  # slow bodies, so that a moment may lie inside one
         faults = (Fault("slow", "(GET|PUT) /storage", times=1000, bytes_per_second=rng.choice((1, 2, 4)) << 20),)
     last = 16 if command == "download" else 26
-    return Plan(seed, mode, command, event, faults, rng.randint(1, last), rng.random() ** 2 * 0.5, options)
+    # A download writes each MiB once it has it: a moment inside a slow body is seconds after its request.
+    longest = 2.5 if command == "download" and mode == "lfs" else 0.5
+    return Plan(seed, mode, command, event, faults, rng.randint(1, last), rng.random() ** 2 * longest, options)
 
 
 def _fault(rng: random.Random, routes: tuple[str, ...]) -> Fault:
@@ -106,8 +108,8 @@ def repository(seed: int) -> dict[str, bytes]:
     return {
         "config.json": b'{"model_type": "qwen2"}',
         "tokenizer.json": rng.randbytes(30_000).hex().encode(),
-        "model-1.safetensors": rng.randbytes(1_500_000),
-        "model-2.safetensors": rng.randbytes(600_000),
+        "model-1.safetensors": rng.randbytes(4_000_000),
+        "model-2.safetensors": rng.randbytes(2_500_000),
         "LICENSE": b"Apache-2.0\n",
         "README.md": b"# card\n",
         "modeling.py": b"print('never')\n",
