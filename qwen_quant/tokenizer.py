@@ -60,6 +60,13 @@ class Tokenizer:
         """Text of token ids."""
         return str(self._inner.decode(list(ids)))
 
+    def backend_text(self) -> str:
+        """The tokenizer as the text of a tokenizer.json, as it runs here (InputError for one without such a form)."""
+        backend = getattr(self._inner, "backend_tokenizer", None)
+        if backend is None:
+            raise InputError(f"the tokenizer of {self.folder} has no tokenizer.json form")
+        return str(backend.to_str())
+
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a whole conversation ({"role", "content"} each) through the model's own chat template.
 

@@ -37,6 +37,7 @@ FILE = "model.gguf"
 ALIGNMENT = 32
 HEAD_BYTES = 16 << 20  # of metadata, vocabulary and tensor table: a bound for planning
 _EXPERT = re.compile(r"(?P<stack>.*\.mlp\.experts)\.(?P<index>\d+)\.(?P<linear>\w+)")
+_DENSE_MLP = re.compile(r".*\.mlp\.(gate|up|down)_proj")
 _FULL_PRECISION = (".mlp.gate.weight", ".shared_expert_gate.weight")  # routers
 _PLAIN_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _RESTS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -100,6 +101,10 @@ def _check(source: ExportSource) -> list[Inexact]:
         why = "llama.cpp stores changed values of linear attention (1 + norm, -exp(A_log), another order of heads)"
         found.append(Inexact(f"family {family}", why, "--format gptq, awq or compressed-tensors"))
         return found
+    dense = [name for name in source.linears if _DENSE_MLP.fullmatch(name)]
+    if source.spec.expert_count and dense:
+        why = "llama.cpp expects experts in every block of this architecture"
+        found.append(Inexact("blocks without experts", why, "--format gptq or awq", linears=len(dense)))
     vocabulary = read_vocabulary(source.folder, source.spec.config["vocab_size"])
     if vocabulary is not None and not vocabulary.pre:
         why = "llama.cpp has no splitting rule that is known to be that of tokenizer.json: text would split differently"

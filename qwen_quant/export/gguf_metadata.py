@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,18 +151,19 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary | None:
 
 
 def _document(folder: Path) -> dict[str, Any] | None:
-    """tokenizer.json, read or generated from tiktoken ranks."""
+    """The tokenizer as a tokenizer.json, as transformers runs it: some of its classes replace what the file says.
+
+    First-generation vocabularies are generated from their tiktoken ranks.
+    """
     from qwen_quant.qwen1_fast import write_fast_tokenizer
     from qwen_quant.qwen1_tokenizer import VOCABULARY_FILE
+    from qwen_quant.tokenizer import VOCABULARY_FILES, load_tokenizer
 
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return document
-    if not (folder / VOCABULARY_FILE).is_file():
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
         return None
-    import tempfile
-
+    if not (folder / VOCABULARY_FILE).is_file():
+        loaded: dict[str, Any] = json.loads(load_tokenizer(folder).backend_text())
+        return loaded
     with tempfile.TemporaryDirectory() as place:
         write_fast_tokenizer(folder, Path(place))
         generated: dict[str, Any] = json.loads((Path(place) / "tokenizer.json").read_text(encoding="utf-8"))
