@@ -63,8 +63,7 @@ def run_steps(place: Path, hub: Hub) -> None:
         "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
     }
     for step in job["steps"]:
-        condition = fill_condition(step.get("if"))
-        if "run" not in step or step["name"] in NOT_HERE or not condition:
+        if "run" not in step or step["name"] in NOT_HERE or not applies(step.get("if")):
             continue
         print(f"\n== {step['name']}", flush=True)
         own = {name: fill(value, values) for name, value in step.get("env", {}).items()}
@@ -74,7 +73,7 @@ def run_steps(place: Path, hub: Hub) -> None:
         print(f"   ({time.perf_counter() - started:.1f} s)", flush=True)
 
 
-def fill_condition(text: str | None) -> bool:
+def applies(text: str | None) -> bool:
     """Whether a step's `if` holds here (KeyError for one that CONDITIONS does not know)."""
     if text is None:
         return True

@@ -147,6 +147,9 @@ def test_damage_is_repaired_and_text_written_by_hand_stays(release: Release) -> 
     assert statuses(result)["gptq"] == "done" and statuses(result)["validate"] == "unchanged"
     assert result.complete and weights_sha256(Path(result.artifact)) == weights
     assert "written by hand" in (Path(result.artifact) / "README.md").read_text()
+    other = release(samples=9)
+    assert other.artifact != result.artifact
+    assert "written by hand" in (Path(other.artifact) / "README.md").read_text()
 
 
 def test_a_kill_between_the_rename_and_the_record_costs_nothing(release: Release, tmp_path: Path) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from qwen_quant.progress import no_progress
 from qwen_quant.release import ReleaseJob, run_release
 from qwen_quant.releasing.settings import load_release
 from tests.loophub import Fault, FaultPlan, Hub, serve_hub
+from tests.support.zygote import Running, Zygote
 from tests.test_release import write_recipe
 
 SOURCE, TARGET = "org/tiny", "org/tiny-Int4"
@@ -38,34 +37,44 @@ def hub(tmp_path: Path, qwen2_folder: Path) -> Iterator[Hub]:
         yield hub
 
 
-def start(hub: Hub, place: Path, recipe: Path) -> subprocess.Popen[str]:
-    """The release as a process of its own."""
-    command = [sys.executable, "-m", "qwen_quant", "release", str(recipe), "--repo", TARGET]
-    command += ["--work", str(place / "work"), "--json", "--quiet"]
-    environment = {**hub.environment(place / "home"), "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=place, env=environment, stdout=pipe, stderr=pipe, text=True)
+@pytest.fixture
+def zygote() -> Iterator[Zygote]:
+    made = Zygote()
+    yield made
+    made.close()
 
 
-def finished(process: subprocess.Popen[str], code: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Starter:
+    """Starts the release in `place`, each time as a process of its own."""
+
+    zygote: Zygote
+    hub: Hub
+    place: Path
+
+    def __call__(self, recipe: Path) -> Running:
+        arguments = ["release", str(recipe), "--repo", TARGET, "--work", str(self.place / "work"), "--json", "--quiet"]
+        environment = {**self.hub.environment(self.place / "home"), "OMP_NUM_THREADS": "1"}
+        return self.zygote.start(arguments, environment, self.place)
+
+
+def finished(process: Running, code: int) -> dict[str, Any]:
     """The one JSON document of a release that ends with `code`."""
-    out, err = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == code, err
+    left, out, err = process.communicate()
+    assert left == code, err
     assert "Traceback" not in err
     document: dict[str, Any] = json.loads(out)
     return document
 
 
-def kill_when(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+def kill_when(process: Running, happened: Callable[[], bool]) -> None:
     """SIGKILL as soon as `happened`; that the process ends before is a failure of the test."""
     limit = time.monotonic() + DEADLINE_SECONDS
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit
+    while not happened() and time.monotonic() < limit:
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill(signal.SIGKILL)
+    code, _, err = process.communicate()
+    assert code == -signal.SIGKILL, err
 
 
 def running(place: Path) -> str:
@@ -77,21 +86,24 @@ def running(place: Path) -> str:
     return next((row["name"] for row in rows if row["status"] == "running"), "")
 
 
-def test_a_failed_gate_pushes_nothing_and_kills_cost_nothing(tmp_path: Path, hub: Hub, qwen2_folder: Path) -> None:
+def test_a_failed_gate_pushes_nothing_and_kills_cost_nothing(
+    tmp_path: Path, hub: Hub, zygote: Zygote, qwen2_folder: Path
+) -> None:
+    start = Starter(zygote, hub, tmp_path)
     recipe = write_recipe(tmp_path, SOURCE, release=SETTINGS, max_kl=0.0)
-    document = finished(start(hub, tmp_path, recipe), 4)
+    document = finished(start(recipe), 4)
     assert document["error"]["exit_code"] == 4 and not document["complete"]
     assert {method for method, _ in hub.requests} <= {"GET", "HEAD"} and not hub.exists(TARGET)
 
     write_recipe(tmp_path, SOURCE, release=SETTINGS, samples=40)
     blocks = "artifact-*/.*.partial/state/progress.json"
-    kill_when(start(hub, tmp_path, recipe), lambda: any((tmp_path / "work").glob(blocks)))
+    kill_when(start(recipe), lambda: any((tmp_path / "work").glob(blocks)))
     assert running(tmp_path) == "gptq"
-    kill_when(start(hub, tmp_path, recipe), lambda: running(tmp_path) == "validate")
-    kill_when(start(hub, tmp_path, recipe), lambda: any(f"{m} {path}".startswith(COMMIT) for m, path in hub.requests))
+    kill_when(start(recipe), lambda: running(tmp_path) == "validate")
+    kill_when(start(recipe), lambda: any(f"{m} {path}".startswith(COMMIT) for m, path in hub.requests))
     assert running(tmp_path) == "push"
 
-    document = finished(start(hub, tmp_path, recipe), 0)
+    document = finished(start(recipe), 0)
     statuses = {row["name"]: row["status"] for row in document["stages"] if row["status"] != "left out"}
     assert statuses == {**dict.fromkeys(("download", "gptq", "validate", "gate", "card"), "unchanged"), "push": "done"}
     artifact = Path(document["artifact"])
