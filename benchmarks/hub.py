@@ -3,7 +3,7 @@
 
 Every command is a process of its own against tests/loophub, in LFS and in Xet mode.
 
-    python benchmarks/hub.py stress --work DIR [--first 1000] [--runs 200]
+    python benchmarks/hub.py stress --work DIR [--first 1000] [--runs 200] [--again SEED ...]
     python benchmarks/hub.py memory --work DIR [--gib 3]
     python benchmarks/hub.py real --work DIR --artifact FOLDER [--repeat 3]
     python benchmarks/hub.py tables
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path)
     parser.add_argument("--first", type=int, default=1000)
     parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--again", type=int, nargs="*", help="these seeds only, reported apart")
     parser.add_argument("--gib", type=float, default=3.0)
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
@@ -67,7 +68,8 @@ def main() -> None:
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.part == "stress":
-        save(f"stress {arguments.first}", stress(arguments.work, arguments.first, arguments.runs))
+        seeds = arguments.again or list(range(arguments.first, arguments.first + arguments.runs))
+        stress(arguments.work, seeds, "again" if arguments.again else f"stress {arguments.first}")
     elif arguments.part == "memory":
         save("memory", memory(arguments.work, arguments.gib))
     else:
@@ -85,16 +87,15 @@ def save(section: str, value: dict[str, Any]) -> None:
         path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
-def stress(work: Path, first: int, runs: int) -> dict[str, Any]:
-    """Seeds first .. first + runs - 1, one after the other."""
+def stress(work: Path, seeds: list[int], section: str) -> None:
+    """One seed after the other; what is known so far is saved after each."""
     artifact = make_pushable(work / "tiny-Int4", shards=2)
     outcomes = []
-    for seed in range(first, first + runs):
+    for seed in seeds:
         outcome = run_one(make_plan(seed), work / str(seed), artifact)
         outcomes.append(outcome)
         print(seed, outcome.codes, f"{outcome.seconds:.1f} s", *outcome.problems, file=sys.stderr, flush=True)
-        save(f"stress {first}", summary(outcomes))
-    return summary(outcomes)
+        save(section, summary(outcomes))
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
@@ -104,6 +105,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     return {
         "runs": len(outcomes),
         "seeds": [outcomes[0].plan.seed, outcomes[-1].plan.seed],
+        "list": ", ".join(str(o.plan.seed) for o in outcomes),
         "groups": dict(groups),
         "fault_kinds_planned": dict(kinds),
         "faults_injected": sum(o.faults for o in outcomes if o.plan.event == "fault"),
@@ -257,15 +259,20 @@ def timed(hub: Hub, place: Path, command: list[str]) -> float:
 def write_tables() -> None:
     document = json.loads((RESULTS / "hub.json").read_text())
     lines = ["# Download and push over loopback", "", f"{document['machine']}", ""]
-    lines += stress_table([value for name, value in sorted(document.items()) if name.startswith("stress")])
+    parts = [value for name, value in sorted(document.items()) if name.startswith("stress")]
+    lines += stress_table(parts, document.get("again"))
     lines += memory_table(document.get("memory"))
     lines += real_table(document.get("real"))
     (RESULTS / "hub.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
-def stress_table(parts: list[dict[str, Any]]) -> list[str]:
+def stress_table(parts: list[dict[str, Any]], repeated: dict[str, Any] | None) -> list[str]:
     if not parts:
         return []
+    again = []
+    if repeated:
+        left = len(repeated["runs_with_problems"])
+        again = ["", f"Seeds {repeated['list']} again with the code as it is now: {left} with problems."]
     total: dict[str, Any] = {name: sum(part[name] for part in parts) for name in
                              ("runs", "killed", "faults_injected", "second_run_succeeded")}  # fmt: skip
     groups: collections.Counter[str] = collections.Counter()
@@ -294,7 +301,8 @@ def stress_table(parts: list[dict[str, Any]]) -> list[str]:
         "|---|---|",
         *rows,
         "",
-        *[f"- seed {p['seed']}: {'; '.join(p['problems'])[:300]}" for p in problems],
+        *[f"- seed {p['seed']}: {' '.join('; '.join(p['problems']).split())[:300]}" for p in problems],
+        *again,
         "",
     ]
 
