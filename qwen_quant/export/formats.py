@@ -31,6 +31,7 @@ LOCATIONS = {
     "f32": "qwen_quant.export.dense:F32",
     "mlx": "qwen_quant.export.mlx:MLX",
     "gguf": "qwen_quant.export.gguf:GGUF",
+    "openvino": "qwen_quant.export.openvino:OPENVINO",
 }
 
 

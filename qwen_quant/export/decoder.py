@@ -1,0 +1,92 @@
+"""What a graph format needs to know of a plain dense decoder (qwen2, qwen3), and which models it must refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qwen_quant.export.formats import Inexact
+from qwen_quant.models.skeleton import meta_model
+
+if TYPE_CHECKING:
+    from qwen_quant.export.source import ExportSource
+
+FAMILIES = ("qwen2", "qwen3")
+_CHANGING = ("dynamic", "longrope")  # rotations that depend on the length of the text
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Sizes and tables of a decoder; every name in the graph is the tensor's name on disk.
+
+    Attributes:
+        prefix: of the decoder's tensors, e.g. "model."; head: name of the head's linear.
+        layers, hidden, heads, kv_heads, head_dim: counts and widths.
+        eps: of RMSNorm.
+        inv_freq: FP32 [head_dim / 2], radians per position; rope_scale: factor of cosine and sine.
+        tied: the head is the embedding.
+        vocabulary, context: rows of the embedding, longest text in tokens.
+    """
+
+    prefix: str
+    head: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    inv_freq: Tensor
+    rope_scale: float
+    tied: bool
+    vocabulary: int
+    context: int
+
+    def layer(self, index: int) -> str:
+        """Prefix of block `index`."""
+        return f"{self.prefix}layers.{index}."
+
+
+def read_decoder(source: ExportSource) -> Decoder:
+    """The decoder of a source of one of FAMILIES; rotation tables are transformers' own."""
+    spec, config = source.spec, source.spec.config
+    heads = int(config["num_attention_heads"])
+    inner: Any = meta_model(spec).get_decoder()
+    rotary = type(inner.rotary_emb)(config=inner.config)
+    return Decoder(
+        prefix=spec.family.layers_prefix.removesuffix("layers"),
+        head=spec.family.head,
+        layers=spec.num_layers,
+        hidden=spec.hidden_size,
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or spec.hidden_size // heads),
+        eps=float(config["rms_norm_eps"]),
+        inv_freq=rotary.inv_freq.to(torch.float32),
+        rope_scale=float(rotary.attention_scaling),
+        tied=spec.tied_head,
+        vocabulary=int(config["vocab_size"]),
+        context=int(config["max_position_embeddings"]),
+    )
+
+
+def refusals(source: ExportSource, runtime: str) -> list[Inexact]:
+    """Why the graph of this model is not one of those written here (empty when it is)."""
+    config = source.spec.config
+    family, near = str(config.get("model_type", "")), "--format gptq, awq or compressed-tensors"
+    if family not in FAMILIES:
+        return [Inexact(f"family {family}", f"{runtime} graphs are written for {' and '.join(FAMILIES)}", near)]
+    found = []
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind in _CHANGING:
+        found.append(Inexact(f"rope type {kind}", "its rotation changes with the length of the text", near))
+    sliding = "sliding_attention" in (config.get("layer_types") or ())
+    if config.get("use_sliding_window") or sliding:
+        found.append(Inexact("a sliding window", "the graph attends to the whole text", near))
+    if config.get("hidden_act", "silu") != "silu":
+        found.append(Inexact(f"hidden_act {config['hidden_act']}", "the graph computes silu", near))
+    return found

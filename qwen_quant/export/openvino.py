@@ -1,0 +1,280 @@
+"""OpenVINO IR (openvino_model.xml and .bin): the whole decoder, with codes, scales and zeros as they are.
+
+The weight of a linear [out, in] with G groups of n consecutive columns is, in the graph,
+
+    Constant u4 or u8 [out, G, n] -> Convert f32 -> Subtract zeros -> Multiply scales -> Reshape [out, in]
+
+with zeros u4 or u8 [out, G, 1] (one number for symmetric codes) and scales in the source's dtype [out, G, 1], both
+converted to FP32.  code - zero is exact and the product is rounded once, as everywhere in this package; OpenVINO's CPU
+plugin keeps the codes packed and multiplies from them.  Act-order: the columns are sorted by group, and the input goes
+through a Gather with the same order.
+
+Codes are collected in a temporary file that is mapped while openvino writes the .bin, so that memory holds one linear
+at a time and not the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_quant.checkpoint.reader import raw_bytes
+from qwen_quant.errors import AuditError
+from qwen_quant.export import checks
+from qwen_quant.export.decoder import read_decoder, refusals
+from qwen_quant.export.folder import REST_DTYPES, items, kept_dtype, write_config
+from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
+from qwen_quant.export.openvino_graph import Linear, Weights, build_model, opset
+from qwen_quant.export.pivot import PackedRows, pack_codes, unpack_codes
+from qwen_quant.export.rows import row_pieces
+from qwen_quant.progress import ProgressFn
+
+if TYPE_CHECKING:
+    from qwen_quant.export.source import ExportSource
+
+MODEL_FILE = "openvino_model.xml"
+BITS = (4, 8)
+_XML_BYTES_PER_LAYER = 200_000
+_ALIGNMENT = 64
+_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def _openvino() -> Any:
+    return require("openvino", "openvino", "openvino")
+
+
+def uneven_groups(source: ExportSource) -> list[Inexact]:
+    """Act-order whose groups have different sizes, so that sorted columns do not fill equal groups."""
+    uneven = []
+    for name in source.facts.act_order:
+        counts = torch.bincount(source.grid(name).g_idx, minlength=source.groups(name))
+        uneven += [name] if int(counts.min()) != int(counts.max()) else []
+    why = "columns sorted by group must fill equal groups"
+    return [Inexact("groups of different sizes", why, "--format gptq_v2", linears=len(uneven))] if uneven else []
+
+
+def _check(source: ExportSource) -> list[Inexact]:
+    return [
+        *checks.bits(source, BITS, "the IR's linears are u4 or u8"),
+        *checks.ragged(source, "groups are one axis of the constant"),
+        *uneven_groups(source),
+        *refusals(source, "OpenVINO"),
+    ]
+
+
+def _tokenizers_installed() -> bool:
+    return importlib.util.find_spec("openvino_tokenizers") is not None
+
+
+def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
+    """Sizes within a few percent: the .xml's size is a guess, and openvino stores equal constants once."""
+    facts, total = source.facts, _XML_BYTES_PER_LAYER * source.spec.num_layers
+    for name in source.linears:
+        (out, width), groups = source.shape(name), source.groups(name)
+        zeros = 0 if facts.sym else out * groups * facts.bits // 8
+        order = 8 * width if name in facts.act_order else 0
+        total += out * width * facts.bits // 8 + out * groups * facts.scale_dtype.itemsize + zeros + order
+    for name in source.kept:
+        info = source.reader.info(name)
+        total += info.nbytes // info.dtype.itemsize * kept_dtype(source, name, options).itemsize
+    notes = [
+        "for FP32 logits compile with INFERENCE_PRECISION_HINT=f32, KV_CACHE_PRECISION=f32 and"
+        " DYNAMIC_QUANTIZATION_GROUP_SIZE=0: OpenVINO rounds the KV cache and activations to 8 bits by default"
+    ]
+    if not _tokenizers_installed():
+        notes.append("no tokenizer in IR: openvino-genai needs one: pip install openvino-tokenizers and export again")
+    return ExportPlan(total, 2, source.dropped, tuple(notes))
+
+
+class _Spool:
+    """Bytes of constants in a temporary file, and constants that are mapped from it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = tempfile.TemporaryFile(dir=folder)  # without a name: a killed run leaves nothing
+        self.places: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
+        self.mapped: Any = None  # openvino's constants point into it without keeping it alive
+
+    def add(self, name: str, kind: str, shape: tuple[int, ...], data: Iterator[Tensor] | list[Tensor]) -> None:
+        """Append the constant `name` of openvino type `kind`, its bytes in parts."""
+        self.file.write(bytes(-self.file.tell() % _ALIGNMENT))
+        start = self.file.tell()
+        for part in data:
+            self.file.write(raw_bytes(part))
+        self.places[name] = (start, self.file.tell() - start, kind, shape)
+
+    def constants(self) -> dict[str, Any]:
+        """name -> Constant; call it once everything is added."""
+        openvino, found = _openvino(), {}
+        self.file.flush()
+        self.mapped = mapped = np.memmap(self.file, dtype=np.uint8, mode="c")
+        for name, (start, count, kind, shape) in self.places.items():
+            tensor = openvino.Tensor(
+                mapped[start : start + count].view(_VIEWS.get(kind, np.uint8)),
+                list(shape),
+                getattr(openvino.Type, kind),
+            )
+            found[name] = openvino.op.Constant(tensor, shared_memory=True)
+            found[name].set_friendly_name(name)
+        return found
+
+    def close(self) -> None:
+        """Give the file's space back."""
+        self.file.close()
+
+
+_VIEWS = {"f32": np.float32, "f16": np.float16, "i64": np.int64, "bf16": np.float16}
+
+
+def sorted_columns(packed: PackedRows) -> tuple[Tensor, Tensor | None]:
+    """(stream with the columns of each group side by side, int64 order of the columns or None when they were)."""
+    g_idx, bits = packed.grid.g_idx, packed.bits
+    if bool((g_idx[1:] >= g_idx[:-1]).all()):
+        return packed.stream, None
+    order = torch.argsort(g_idx, stable=True)
+    return pack_codes(unpack_codes(packed.stream, bits)[:, order].contiguous(), bits), order
+
+
+def _spool_linear(source: ExportSource, name: str, spool: _Spool) -> None:
+    packed, facts = source.packed(name), source.facts
+    (out, width), groups = packed.shape, packed.grid.scales.shape[1]
+    stream, order = sorted_columns(packed)
+    kind = f"u{facts.bits}"
+    spool.add(f"{name}.codes", kind, (out, groups, width // groups), [stream])
+    spool.add(f"{name}.scales", _TYPES[packed.grid.scales.dtype], (out, groups, 1), [packed.grid.scales.contiguous()])
+    if not facts.sym:
+        flat = packed.grid.zeros.reshape(1, -1)
+        spool.add(f"{name}.zeros", kind, (out, groups, 1), [_packed_zeros(flat, facts.bits)])
+    if order is not None:
+        spool.add(f"{name}.order", "i64", (width,), [order])
+
+
+def _packed_zeros(flat: Tensor, bits: int) -> Tensor:
+    """uint8 [1, n] -> bytes; an odd nibble at the end is filled with 0."""
+    if bits == 8:
+        return flat.contiguous()
+    even = torch.nn.functional.pad(flat, (0, flat.shape[1] % 2))
+    return (even[:, 0::2] | even[:, 1::2] << 4).contiguous()
+
+
+def _spool_kept(source: ExportSource, name: str, dtype: torch.dtype, spool: _Spool) -> None:
+    info = source.reader.info(name)
+    parts = (source.kept_rows(name, start, stop).to(dtype) for start, stop in row_pieces(info))
+    spool.add(name, _TYPES[dtype], info.shape, parts)
+
+
+def _weights(source: ExportSource, constants: dict[str, Any]) -> Weights:
+    """Nodes that compute the FP32 weights from the constants."""
+    op, facts = opset(), source.facts
+    linears, plain = {}, {}
+    for name in source.linears:
+        codes = op.convert(constants[f"{name}.codes"], "f32")
+        if facts.sym:
+            zeros = op.constant(np.array(2 ** (facts.bits - 1), dtype=np.float32))
+        else:
+            zeros = op.convert(constants[f"{name}.zeros"], "f32")
+        values = op.multiply(op.subtract(codes, zeros), _as_f32(constants[f"{name}.scales"]))
+        shape = op.constant(np.array(source.shape(name), dtype=np.int64))
+        linears[name] = Linear(op.reshape(values, shape, False), constants.get(f"{name}.order"))
+    for name in source.kept:
+        plain[name] = _as_f32(constants[name])
+    return Weights(linears, plain)
+
+
+def _as_f32(constant: Any) -> Any:
+    if constant.get_element_type() == _openvino().Type.f32:
+        return constant
+    return opset().convert(constant, "f32")
+
+
+def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
+    """Collect the constants, build the graph, save it; a killed run writes its files again."""
+    linears, names = set(source.linears), items(source)
+    spool = _Spool(target.folder)
+    try:
+        for k, name in enumerate(names):
+            progress("writing", k, len(names))
+            if name in linears:
+                _spool_linear(source, name, spool)
+            else:
+                _spool_kept(source, name, kept_dtype(source, name, options), spool)
+        model = build_model(read_decoder(source), _weights(source, spool.constants()))
+        _openvino().save_model(model, str(target.folder / MODEL_FILE), compress_to_fp16=False)
+        del model
+    finally:
+        spool.close()
+    for suffix in (".xml", ".bin"):
+        with open((target.folder / MODEL_FILE).with_suffix(suffix), "rb") as file:
+            os.fsync(file.fileno())
+    write_config(source, target.folder, None, options.rest)
+    if _tokenizers_installed():
+        _write_tokenizer(source.folder, target.folder)
+
+
+def _write_tokenizer(artifact: Path, folder: Path) -> None:
+    """openvino_tokenizer.xml and openvino_detokenizer.xml, made from the artifact's tokenizer files."""
+    from transformers import AutoTokenizer
+
+    library = require("openvino_tokenizers", "openvino", "openvino")
+    tokenizer = AutoTokenizer.from_pretrained(artifact, local_files_only=True, trust_remote_code=False)
+    models = library.convert_tokenizer(tokenizer, with_detokenizer=True)
+    for model, name in zip(models, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
+        _openvino().save_model(model, str(folder / name), compress_to_fp16=False)
+
+
+def _torch_of(constant: Any) -> Tensor:
+    """A plain constant, bit for bit."""
+    raw = np.array(constant.data).reshape(-1).view(np.uint8)
+    dtype = {kind: dtype for dtype, kind in _TYPES.items()}[constant.get_element_type().to_string()]
+    return torch.from_numpy(raw.copy()).view(dtype).view(tuple(constant.get_output_shape(0)))
+
+
+def _weight_of(model: Any, node: Any, order: Any | None) -> Tensor:
+    """FP32 [out, in] of a linear's MatMul, computed by openvino from the constants in front of it."""
+    openvino = _openvino()
+    part = openvino.Model([node.input_value(1)], [], node.get_friendly_name())
+    compiled = openvino.compile_model(part, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    values = torch.from_numpy(np.array(compiled([])[0]))
+    if order is None:
+        return values
+    result = torch.empty_like(values)
+    result[:, torch.from_numpy(np.array(order.data).astype(np.int64).reshape(-1))] = values
+    return result
+
+
+def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
+    """What each MatMul of the saved graph multiplies with, evaluated by openvino itself."""
+    model = _openvino().Core().read_model(str(folder / MODEL_FILE))
+    nodes = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
+    for name in (*source.linears, *source.kept):
+        if name not in nodes:
+            raise AuditError(f"the graph in {MODEL_FILE} has no node '{name}'")
+    for name in source.linears:
+        before = nodes[name].input_value(0).get_node()
+        order = before.input_value(1).get_node() if name in source.facts.act_order else None
+        yield Piece(name, _weight_of(model, nodes[name], order))
+    for name in source.kept:
+        yield Piece(name, _torch_of(nodes[name]))
+
+
+OPENVINO = Format(
+    name="openvino",
+    summary="OpenVINO IR of the whole decoder, u4 or u8: symmetric or not, act-order too; qwen2 and qwen3",
+    runtimes=("openvino-genai", "OpenVINO (CPU, GPU)"),
+    extra="openvino",
+    check=_check,
+    plan=_plan,
+    write=_write,
+    read_back=_read_back,
+    read_with=lambda: f"openvino {metadata.version('openvino')}",
+    rests=tuple(REST_DTYPES),
+    packages=("openvino",),
+)

@@ -1,0 +1,135 @@
+"""OpenVINO IR: refusals without the library; with it, weights, logits and the KV cache of the saved graph."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_quant.errors import AuditError, InputError
+from qwen_quant.export import openvino
+from qwen_quant.export.export import ExportJob, export_artifact
+from qwen_quant.export.formats import ExportOptions
+from qwen_quant.export.pivot import PackedRows, unpack_codes
+from qwen_quant.export.source import ExportSource
+from qwen_quant.export.verify import judge, verify
+from qwen_quant.progress import no_progress
+from qwen_quant.runtime.loading import load_model
+from tests.export.making import gptq_folder
+from tests.support.checkpoints import make_checkpoint
+from tests.support.moe import make_family_checkpoint
+
+HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
+needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="needs openvino: pip install 'qwen-quant[openvino]'")
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
+
+def artifact(folder: Path, family: str = "qwen2", *, tied: bool = True, **how: Any) -> Path:
+    make_checkpoint(folder / "model", family, tied=tied)
+    gptq_folder(folder / "model", folder / "q", **how)
+    return folder / "q"
+
+
+def test_what_the_graph_cannot_hold_is_refused(tmp_path: Path) -> None:
+    assert openvino.OPENVINO.check(ExportSource(artifact(tmp_path))) == []
+    for family, bits in (("qwen3_moe", 4), ("qwen2", 3)):
+        folder = tmp_path / f"{family}{bits}"
+        make_family_checkpoint(folder, family) if "moe" in family else make_checkpoint(folder, family)
+        gptq_folder(folder, tmp_path / f"{family}{bits}-q", bits=bits)
+        reasons = openvino.OPENVINO.check(ExportSource(tmp_path / f"{family}{bits}-q"))
+        assert len(reasons) == 1 and reasons[0].max_error is None
+        assert reasons[0].what in ("family qwen3_moe", "3 bit codes")
+
+
+def test_columns_are_sorted_by_group_and_the_order_leads_back(tmp_path: Path) -> None:
+    source = ExportSource(artifact(tmp_path, act_order=True, sym=False))
+    assert openvino.OPENVINO.check(source) == []
+    for name, packed in source.packed_linears():
+        stream, order = openvino.sorted_columns(packed)
+        assert order is not None and sorted(order.tolist()) == list(range(packed.shape[1]))
+        assert bool((packed.grid.g_idx[order].diff() >= 0).all())
+        plain = unpack_codes(packed.stream, 4)
+        assert torch.equal(unpack_codes(stream, 4), plain[:, order]), name
+        ordered = PackedRows(
+            packed.stream, 4, type(packed.grid)(packed.grid.scales, packed.grid.zeros, packed.grid.g_idx.sort().values)
+        )
+        assert openvino.sorted_columns(ordered)[1] is None
+
+
+@pytest.mark.skipif(HAS_OPENVINO, reason="openvino is installed")
+def test_a_missing_library_names_the_extra_before_anything_is_written(tmp_path: Path) -> None:
+    folder = artifact(tmp_path)
+    with pytest.raises(InputError, match="needs the package openvino") as error:
+        export_artifact(ExportJob(folder, tmp_path / "out", "openvino"), no_progress)
+    assert "qwen-quant[openvino]" in error.value.next_step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "q"]
+
+
+def compiled(folder: Path) -> Any:
+    import openvino as library
+
+    return library.Core().compile_model(str(folder / openvino.MODEL_FILE), "CPU", EXACT).create_infer_request()
+
+
+def logits(request: Any, ids: torch.Tensor, mask: torch.Tensor, past: int) -> torch.Tensor:
+    """One step: new tokens `ids`, `mask` over past and new; positions count the real tokens."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+    beams = np.arange(ids.shape[0], dtype=np.int32)
+    feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+    return torch.from_numpy(np.array(request.infer({**feed, "beam_idx": beams})["logits"]))
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("family", "tied", "how"),
+    [
+        ("qwen2", True, {}),
+        ("qwen3", False, {"sym": False}),
+        ("qwen2", False, {"sym": False, "act_order": True}),
+        ("qwen3", True, {"bits": 8}),
+    ],
+)
+def test_the_graph_gives_the_logits_of_the_dequantized_model(
+    tmp_path: Path, family: str, tied: bool, how: dict[str, Any]
+) -> None:
+    folder = artifact(tmp_path, family, tied=tied, **how)
+    result = export_artifact(ExportJob(folder, tmp_path / "out", "openvino"), no_progress)
+    assert result.proof.exact and result.proof.equal_linears == 14
+    assert not any(name.startswith(".") for name in result.files)
+    generator = torch.Generator().manual_seed(1)
+    ids, mask = torch.randint(0, 256, (2, 12), generator=generator), torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :3] = 0  # padding on the left
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        expected = load_model(folder)(ids, attention_mask=mask, position_ids=positions).logits
+    request = compiled(tmp_path / "out")
+    found = torch.cat([logits(request, ids[:, :9], mask[:, :9], 0), logits(request, ids[:, 9:], mask, 9)], 1)
+    difference = (found - expected)[mask.bool()].abs().max()
+    assert difference <= 2e-5 * expected.abs().max(), f"largest difference of logits {difference:.2g}"
+
+
+@needs_openvino
+def test_a_changed_constant_is_found(tmp_path: Path) -> None:
+    folder = artifact(tmp_path)
+    export_artifact(ExportJob(folder, tmp_path / "out", "openvino"), no_progress)
+    path = tmp_path / "out" / "openvino_model.bin"
+    data = bytearray(path.read_bytes())
+    stream = ExportSource(folder).packed("model.layers.1.mlp.up_proj").stream.numpy().tobytes()
+    place = bytes(data).find(stream)
+    assert place >= 0
+    data[place + 7] ^= 0x10
+    path.write_bytes(data)
+    source = ExportSource(folder)
+    proof = verify(
+        source,
+        openvino._read_back(tmp_path / "out", source),
+        openvino.OPENVINO.plan(source, ExportOptions()),
+        no_progress,
+    )
+    assert proof.equal_linears == 13 and proof.worst_linear == "model.layers.1.mlp.up_proj"
+    with pytest.raises(AuditError):
+        judge(proof, [], None)
