@@ -32,6 +32,7 @@ LOCATIONS = {
     "mlx": "qwen_quant.export.mlx:MLX",
     "gguf": "qwen_quant.export.gguf:GGUF",
     "openvino": "qwen_quant.export.openvino:OPENVINO",
+    "onnx": "qwen_quant.export.onnx:ONNX",
 }
 
 

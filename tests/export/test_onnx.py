@@ -1,0 +1,120 @@
+"""ONNX: refusals and packing without the library; with onnx the weights, with onnxruntime the logits of the graph."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_quant.errors import AuditError, InputError
+from qwen_quant.export import onnx
+from qwen_quant.export.export import ExportJob, export_artifact
+from qwen_quant.export.formats import ExportOptions
+from qwen_quant.export.source import ExportSource
+from qwen_quant.export.verify import judge, verify
+from qwen_quant.progress import no_progress
+from qwen_quant.runtime.loading import load_model
+from tests.export.making import gptq_folder
+from tests.support.checkpoints import make_checkpoint
+from tests.support.moe import make_family_checkpoint
+
+HAS_ONNX = importlib.util.find_spec("onnx") is not None
+HAS_RUNTIME = HAS_ONNX and importlib.util.find_spec("onnxruntime") is not None
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs onnx: pip install 'qwen-quant[onnx]'")
+
+
+def artifact(folder: Path, family: str = "qwen2", *, tied: bool = True, **how: Any) -> Path:
+    make_checkpoint(folder / "model", family, tied=tied)
+    gptq_folder(folder / "model", folder / "q", **how)
+    return folder / "q"
+
+
+def test_what_the_graph_cannot_hold_is_refused(tmp_path: Path) -> None:
+    assert onnx.ONNX.check(ExportSource(artifact(tmp_path))) == []
+    cases = {"act-order (desc_act)": ("qwen2", {"act_order": True}), "3 bit codes": ("qwen2", {"bits": 3})}
+    for k, (what, (family, how)) in enumerate({**cases, "family qwen3_moe": ("qwen3_moe", {})}.items()):
+        make = make_family_checkpoint if "moe" in family else make_checkpoint
+        make(tmp_path / f"m{k}", family)
+        gptq_folder(tmp_path / f"m{k}", tmp_path / f"q{k}", **how)
+        reasons = onnx.ONNX.check(ExportSource(tmp_path / f"q{k}"))
+        assert [(reason.what, reason.max_error) for reason in reasons] == [(what, None)]
+
+
+@pytest.mark.parametrize("groups", [1, 4, 7])
+def test_zeros_are_packed_row_by_row(groups: int) -> None:
+    zeros = torch.randint(0, 16, (5, groups), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    packed = onnx.packed_zeros(zeros, 4).numpy()
+    assert packed.shape == (5, (groups + 1) // 2)
+    for row in range(5):
+        for group in range(groups):
+            assert packed[row, group // 2] >> 4 * (group % 2) & 15 == zeros[row, group]
+    assert torch.equal(onnx.unpacked_zeros(torch.from_numpy(packed), groups, 4), zeros)
+
+
+@pytest.mark.skipif(HAS_ONNX, reason="onnx is installed")
+def test_a_missing_library_names_the_extra_before_anything_is_written(tmp_path: Path) -> None:
+    folder = artifact(tmp_path)
+    with pytest.raises(InputError, match="needs the package onnx") as error:
+        export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
+    assert "qwen-quant[onnx]" in error.value.next_step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "q"]
+
+
+def logits(session: Any, ids: torch.Tensor, past: list[np.ndarray]) -> tuple[torch.Tensor, list[np.ndarray]]:
+    """One step over new tokens [B, L]; returns their logits and the cache."""
+    names = [entry.name for entry in session.get_inputs()][2:]
+    total = ids.shape[1] + past[0].shape[2]
+    feed = {"input_ids": ids.numpy(), "attention_mask": np.ones((ids.shape[0], total), dtype=np.int64)}
+    first, *cache = session.run(None, {**feed, **dict(zip(names, past, strict=True))})
+    return torch.from_numpy(first), cache
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("family", "tied", "how"),
+    [("qwen2", True, {}), ("qwen3", False, {"sym": False}), ("qwen3", True, {"bits": 8, "sym": False})],
+)
+def test_the_graph_gives_the_logits_of_the_dequantized_model(
+    tmp_path: Path, family: str, tied: bool, how: dict[str, Any]
+) -> None:
+    folder = artifact(tmp_path, family, tied=tied, **how)
+    result = export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
+    assert result.proof.exact and result.proof.equal_linears == 14
+    decoder = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["filename"], decoder["head_size"], decoder["num_key_value_heads"]) == ("model.onnx", 32, 2)
+    if not HAS_RUNTIME:
+        return
+    import onnxruntime
+
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = load_model(folder)(ids).logits
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    first, past = logits(session, ids[:, :9], [np.zeros((2, 2, 0, 32), dtype=np.float32)] * 4)
+    steps = [first]
+    for k in range(9, 12):
+        step, past = logits(session, ids[:, k : k + 1], past)
+        steps.append(step)
+    difference = (torch.cat(steps, 1) - expected).abs().max()
+    assert difference <= 2e-5 * expected.abs().max(), f"largest difference of logits {difference:.2g}"
+
+
+@needs_onnx
+def test_a_changed_byte_is_found(tmp_path: Path) -> None:
+    folder = artifact(tmp_path)
+    export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
+    source, path = ExportSource(folder), tmp_path / "out" / onnx.DATA_FILE
+    data = bytearray(path.read_bytes())
+    place = bytes(data).find(source.packed("model.layers.1.mlp.up_proj").stream.numpy().tobytes())
+    data[place + 7] ^= 0x10
+    path.write_bytes(data)
+    plan = onnx.ONNX.plan(source, ExportOptions())
+    proof = verify(source, onnx._read_back(tmp_path / "out", source), plan, no_progress)
+    assert proof.equal_linears == 13 and proof.worst_linear == "model.layers.1.mlp.up_proj"
+    with pytest.raises(AuditError):
+        judge(proof, [], None)
