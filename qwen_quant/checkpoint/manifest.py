@@ -29,8 +29,9 @@ _REPLACED = {
     QUANTIZE_CONFIG_FILE,
     MANIFEST_FILE,
     INDEX_FILE,
-    "README.md",
     "pytorch_model.bin.index.json",
+    "model.sig",
+    *SEALABLE,  # they speak of the weights that they were made for
 }
 _NOT_CARRIED = ("*.safetensors", "*.py", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.pkl", *PICKLE_PATTERNS)
 

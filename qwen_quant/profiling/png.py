@@ -51,8 +51,8 @@ def _draw(chart: Chart, path: Path) -> None:
     axes = figure.add_subplot()
     for number, series in enumerate(chart.series):
         xs, ys = zip(*series.points, strict=True)
-        style = {"marker": _MARKERS[number % len(_MARKERS)], "linestyle": _DASHES[number % len(_DASHES)]}
-        axes.plot(xs, ys, markersize=4, label=_plain(series.name), **style)
+        marker, dashes = _MARKERS[number % len(_MARKERS)], _DASHES[number % len(_DASHES)]
+        axes.plot(xs, ys, markersize=4, label=_plain(series.name), marker=marker, linestyle=dashes)
     axes.set_title(_plain(chart.title))
     axes.set_xlabel(_plain(chart.x_label))
     axes.set_ylabel(_plain(chart.y_label))
