@@ -1,14 +1,17 @@
-"""What a graph format needs to know of a plain dense decoder (qwen2, qwen3), and which models it must refuse."""
+"""What the graph formats (OpenVINO, ONNX) share: facts of a plain dense decoder, which models they refuse, packing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from qwen_quant.errors import InputError
 from qwen_quant.export.formats import Inexact
+from qwen_quant.export.rows import row_pieces
 from qwen_quant.models.skeleton import meta_model
 
 if TYPE_CHECKING:
@@ -90,3 +93,30 @@ def refusals(source: ExportSource, runtime: str) -> list[Inexact]:
     if config.get("hidden_act", "silu") != "silu":
         found.append(Inexact(f"hidden_act {config['hidden_act']}", "the graph computes silu", near))
     return found
+
+
+def kept_parts(source: ExportSource, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Rows of a kept tensor in `dtype`, about 32 MiB at a time (InputError when a value would become infinite)."""
+    for start, stop in row_pieces(source.reader.info(name)):
+        rows = source.kept_rows(name, start, stop)
+        values = rows.to(dtype)
+        if values.dtype != rows.dtype and bool((values.isinf() & ~rows.isinf()).any()):
+            raise InputError(
+                f"'{name}' has values that {dtype} cannot hold", "they would become infinite", "use --rest bf16 or f32"
+            )
+        yield values
+
+
+def packed_zeros(zeros: Tensor, bits: int) -> Tensor:
+    """uint8 [out, G] -> [out, ceil(G * bits / 8)]; an odd nibble at the end of a row is 0."""
+    if bits == 8:
+        return zeros.contiguous()
+    even = torch.nn.functional.pad(zeros, (0, zeros.shape[1] % 2))
+    return (even[:, 0::2] | even[:, 1::2] << 4).contiguous()
+
+
+def unpacked_zeros(packed: Tensor, groups: int, bits: int) -> Tensor:
+    """The inverse of `packed_zeros`: uint8 [out, G]."""
+    if bits == 8:
+        return packed
+    return torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :groups].contiguous()

@@ -28,12 +28,11 @@ from torch import Tensor
 from qwen_quant.checkpoint.reader import raw_bytes
 from qwen_quant.errors import AuditError
 from qwen_quant.export import checks
-from qwen_quant.export.decoder import Decoder, read_decoder, refusals
+from qwen_quant.export.decoder import Decoder, kept_parts, packed_zeros, read_decoder, refusals, unpacked_zeros
 from qwen_quant.export.folder import REST_DTYPES, items, kept_dtype, write_config
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target
 from qwen_quant.export.onnx_graph import DOMAIN, Graph, build_model, build_nodes, onnx
 from qwen_quant.export.pivot import LinearGrid, PackedRows, consecutive_groups
-from qwen_quant.export.rows import row_pieces
 from qwen_quant.progress import ProgressFn
 from qwen_quant.resume import write_json_atomically
 
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 BITS = (4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256)
-ROTATION_POSITIONS = 32768  # rows of the tables of cosine and sine, at most the model's context
+ROTATION_POSITIONS = 131072  # rows of the tables of cosine and sine, at most the model's context
 _ALIGNMENT = 64
 _GRAPH_BYTES_PER_LAYER = 12_000
 _KINDS = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.uint8: "UINT8"}
@@ -107,21 +106,6 @@ class _Data:
         self.protos[name] = proto
 
 
-def packed_zeros(zeros: Tensor, bits: int) -> Tensor:
-    """uint8 [out, G] -> [out, ceil(G * bits / 8)]; an odd nibble at the end of a row is 0."""
-    if bits == 8:
-        return zeros.contiguous()
-    even = torch.nn.functional.pad(zeros, (0, zeros.shape[1] % 2))
-    return (even[:, 0::2] | even[:, 1::2] << 4).contiguous()
-
-
-def unpacked_zeros(packed: Tensor, groups: int, bits: int) -> Tensor:
-    """The inverse of `packed_zeros`: uint8 [out, G]."""
-    if bits == 8:
-        return packed
-    return torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :groups].contiguous()
-
-
 def _add_linear(source: ExportSource, name: str, data: _Data) -> None:
     packed, facts = source.packed(name), source.facts
     (out, width), groups = packed.shape, packed.grid.scales.shape[1]
@@ -134,8 +118,7 @@ def _add_linear(source: ExportSource, name: str, data: _Data) -> None:
 
 def _add_kept(source: ExportSource, name: str, dtype: torch.dtype, data: _Data) -> None:
     info = source.reader.info(name)
-    parts = (source.kept_rows(name, start, stop).to(dtype) for start, stop in row_pieces(info))
-    data.add(name, dtype, info.shape, parts)
+    data.add(name, dtype, info.shape, kept_parts(source, name, dtype))
 
 
 def _add_rotation(decoder: Decoder, data: _Data) -> None:

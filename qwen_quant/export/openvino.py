@@ -10,7 +10,7 @@ plugin keeps the codes packed and multiplies from them.  Act-order: the columns 
 through a Gather with the same order.
 
 Codes are collected in a temporary file that is mapped while openvino writes the .bin, so that memory holds one linear
-at a time and not the model.
+at a time and not the model; so twice the disk space is needed for a moment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,22 +28,23 @@ import torch
 from torch import Tensor
 
 from qwen_quant.checkpoint.reader import raw_bytes
-from qwen_quant.errors import AuditError
+from qwen_quant.environment import free_disk_bytes
+from qwen_quant.errors import AuditError, InputError
 from qwen_quant.export import checks
-from qwen_quant.export.decoder import read_decoder, refusals
+from qwen_quant.export.decoder import kept_parts, packed_zeros, read_decoder, refusals
 from qwen_quant.export.folder import REST_DTYPES, items, kept_dtype, write_config
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
 from qwen_quant.export.openvino_graph import Linear, Weights, build_model, opset
 from qwen_quant.export.pivot import PackedRows, pack_codes, unpack_codes
-from qwen_quant.export.rows import row_pieces
 from qwen_quant.progress import ProgressFn
+from qwen_quant.units import format_bytes
 
 if TYPE_CHECKING:
     from qwen_quant.export.source import ExportSource
 
 MODEL_FILE = "openvino_model.xml"
 BITS = (4, 8)
-_XML_BYTES_PER_LAYER = 200_000
+_XML_BYTES_PER_LAYER = 115_000
 _ALIGNMENT = 64
 _TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -88,7 +89,7 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
         total += info.nbytes // info.dtype.itemsize * kept_dtype(source, name, options).itemsize
     notes = [
         "for FP32 logits compile with INFERENCE_PRECISION_HINT=f32, KV_CACHE_PRECISION=f32 and"
-        " DYNAMIC_QUANTIZATION_GROUP_SIZE=0: OpenVINO rounds the KV cache and activations to 8 bits by default"
+        " DYNAMIC_QUANTIZATION_GROUP_SIZE=0: by default OpenVINO may round them to 16 or 8 bits"
     ]
     if not _tokenizers_installed():
         notes.append("no tokenizer in IR: openvino-genai needs one: pip install openvino-tokenizers and export again")
@@ -103,7 +104,7 @@ class _Spool:
         self.places: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
         self.mapped: Any = None  # openvino's constants point into it without keeping it alive
 
-    def add(self, name: str, kind: str, shape: tuple[int, ...], data: Iterator[Tensor] | list[Tensor]) -> None:
+    def add(self, name: str, kind: str, shape: tuple[int, ...], data: Iterable[Tensor]) -> None:
         """Append the constant `name` of openvino type `kind`, its bytes in parts."""
         self.file.write(bytes(-self.file.tell() % _ALIGNMENT))
         start = self.file.tell()
@@ -152,23 +153,14 @@ def _spool_linear(source: ExportSource, name: str, spool: _Spool) -> None:
     spool.add(f"{name}.scales", _TYPES[packed.grid.scales.dtype], (out, groups, 1), [packed.grid.scales.contiguous()])
     if not facts.sym:
         flat = packed.grid.zeros.reshape(1, -1)
-        spool.add(f"{name}.zeros", kind, (out, groups, 1), [_packed_zeros(flat, facts.bits)])
+        spool.add(f"{name}.zeros", kind, (out, groups, 1), [packed_zeros(flat, facts.bits)])
     if order is not None:
         spool.add(f"{name}.order", "i64", (width,), [order])
 
 
-def _packed_zeros(flat: Tensor, bits: int) -> Tensor:
-    """uint8 [1, n] -> bytes; an odd nibble at the end is filled with 0."""
-    if bits == 8:
-        return flat.contiguous()
-    even = torch.nn.functional.pad(flat, (0, flat.shape[1] % 2))
-    return (even[:, 0::2] | even[:, 1::2] << 4).contiguous()
-
-
 def _spool_kept(source: ExportSource, name: str, dtype: torch.dtype, spool: _Spool) -> None:
     info = source.reader.info(name)
-    parts = (source.kept_rows(name, start, stop).to(dtype) for start, stop in row_pieces(info))
-    spool.add(name, _TYPES[dtype], info.shape, parts)
+    spool.add(name, _TYPES[dtype], info.shape, kept_parts(source, name, dtype))
 
 
 def _weights(source: ExportSource, constants: dict[str, Any]) -> Weights:
@@ -195,8 +187,20 @@ def _as_f32(constant: Any) -> Any:
     return opset().convert(constant, "f32")
 
 
+def _check_space(source: ExportSource, options: ExportOptions, folder: Path) -> None:
+    """The collected constants stand beside the .bin while it is written (InputError before the first byte)."""
+    need, free = 2 * _plan(source, options).weight_bytes, free_disk_bytes(folder)
+    if need > free:
+        raise InputError(
+            f"the disk of {folder.parent} is full",
+            f"{format_bytes(need)} needed for the IR and a temporary copy of its constants, {format_bytes(free)} free",
+            "free some space or give an OUT on another disk",
+        )
+
+
 def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
     """Collect the constants, build the graph, save it; a killed run writes its files again."""
+    _check_space(source, options, target.folder)
     linears, names = set(source.linears), items(source)
     spool = _Spool(target.folder)
     try:

@@ -13,13 +13,14 @@ import torch
 
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.export import onnx
+from qwen_quant.export.decoder import kept_parts, packed_zeros, unpacked_zeros
 from qwen_quant.export.export import ExportJob, export_artifact
 from qwen_quant.export.formats import ExportOptions
 from qwen_quant.export.source import ExportSource
 from qwen_quant.export.verify import judge, verify
 from qwen_quant.progress import no_progress
 from qwen_quant.runtime.loading import load_model
-from tests.export.making import gptq_folder
+from tests.export.making import edit, gptq_folder
 from tests.support.checkpoints import make_checkpoint
 from tests.support.moe import make_family_checkpoint
 
@@ -48,12 +49,22 @@ def test_what_the_graph_cannot_hold_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("groups", [1, 4, 7])
 def test_zeros_are_packed_row_by_row(groups: int) -> None:
     zeros = torch.randint(0, 16, (5, groups), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
-    packed = onnx.packed_zeros(zeros, 4).numpy()
+    packed = packed_zeros(zeros, 4).numpy()
     assert packed.shape == (5, (groups + 1) // 2)
     for row in range(5):
         for group in range(groups):
             assert packed[row, group // 2] >> 4 * (group % 2) & 15 == zeros[row, group]
-    assert torch.equal(onnx.unpacked_zeros(torch.from_numpy(packed), groups, 4), zeros)
+    assert torch.equal(unpacked_zeros(torch.from_numpy(packed), groups, 4), zeros)
+
+
+def test_a_value_beyond_fp16_is_not_made_infinite(tmp_path: Path) -> None:
+    folder = artifact(tmp_path)
+    edit(folder, model__norm__weight=torch.full((128,), 1e6, dtype=torch.bfloat16))
+    source = ExportSource(folder)
+    with pytest.raises(InputError, match="cannot hold"):
+        list(kept_parts(source, "model.norm.weight", torch.float16))
+    (kept,) = kept_parts(source, "model.norm.weight", torch.bfloat16)
+    assert torch.equal(kept, source.reader.read("model.norm.weight"))
 
 
 @pytest.mark.skipif(HAS_ONNX, reason="onnx is installed")

@@ -13,7 +13,7 @@ import torch
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.export import openvino
 from qwen_quant.export.export import ExportJob, export_artifact
-from qwen_quant.export.formats import ExportOptions
+from qwen_quant.export.formats import ExportOptions, Target
 from qwen_quant.export.pivot import PackedRows, unpack_codes
 from qwen_quant.export.source import ExportSource
 from qwen_quant.export.verify import judge, verify
@@ -100,6 +100,10 @@ def test_the_graph_gives_the_logits_of_the_dequantized_model(
     result = export_artifact(ExportJob(folder, tmp_path / "out", "openvino"), no_progress)
     assert result.proof.exact and result.proof.equal_linears == 14
     assert not any(name.startswith(".") for name in result.files)
+    size = (tmp_path / "out" / "openvino_model.bin").stat().st_size
+    planned = openvino.OPENVINO.plan(ExportSource(folder), ExportOptions()).weight_bytes
+    assert size <= planned - 2 * openvino._XML_BYTES_PER_LAYER + 8192
+    assert (tmp_path / "out" / "openvino_model.xml").stat().st_size <= 2.2 * openvino._XML_BYTES_PER_LAYER
     generator = torch.Generator().manual_seed(1)
     ids, mask = torch.randint(0, 256, (2, 12), generator=generator), torch.ones(2, 12, dtype=torch.int64)
     mask[1, :3] = 0  # padding on the left
@@ -110,6 +114,18 @@ def test_the_graph_gives_the_logits_of_the_dequantized_model(
     found = torch.cat([logits(request, ids[:, :9], mask[:, :9], 0), logits(request, ids[:, 9:], mask, 9)], 1)
     difference = (found - expected)[mask.bool()].abs().max()
     assert difference <= 2e-5 * expected.abs().max(), f"largest difference of logits {difference:.2g}"
+
+
+def test_a_disk_without_room_for_the_temporary_copy_is_an_error_in_advance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ExportSource(artifact(tmp_path))
+    size = openvino.OPENVINO.plan(source, ExportOptions()).weight_bytes
+    monkeypatch.setattr(openvino, "free_disk_bytes", lambda folder: 2 * size - 1)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="is full"):
+        openvino.OPENVINO.write(source, ExportOptions(), Target(tmp_path / "out"), no_progress)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @needs_openvino
