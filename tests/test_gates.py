@@ -57,3 +57,18 @@ def test_a_failed_smoke_prompt_is_a_gate_of_its_own() -> None:
     result = dataclasses.replace(make_result(), texts=(), smoke=(case,))
     with pytest.raises(GateError, match="smoke prompts that fail: 1, limit 0"):
         check_gates(with_gates(result, GateConfig(max_kl=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({}, "calibration tokens"),
+        ({"quantized_kind": "bitsandbytes nf4"}, "--quant-type"),
+        ({"baseline_sha256": "a", "quantized_sha256": "a"}, "--kv-cache"),
+    ],
+)
+def test_the_advice_fits_what_was_measured(changes: dict[str, str], word: str) -> None:
+    result = dataclasses.replace(make_result(kl=Interval(0.5, 0.4, 0.6)), **changes)
+    with pytest.raises(GateError) as caught:
+        check_gates(with_gates(result, GateConfig(max_kl=0.1)))
+    assert word in caught.value.next_step

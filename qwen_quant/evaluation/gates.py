@@ -48,6 +48,15 @@ def with_gates(result: ValidationResult, gates: GateConfig, override_reason: str
     return dataclasses.replace(result, gates=gate_outcomes(result, gates), override_reason=override_reason)
 
 
+def remedy(result: ValidationResult) -> str:
+    """What may bring the figures closer to the baseline, by what was measured."""
+    if result.baseline_sha256 and result.baseline_sha256 == result.quantized_sha256:
+        return "try --kv-cache bf16, or a model with more key-value heads"
+    if result.quantized_kind.startswith("bitsandbytes"):
+        return "try --quant-type int8 or nf4, a smaller --block-size, or qwen-quant gptq, which calibrates"
+    return "try more calibration tokens, a smaller --group-size or more --bits"
+
+
 def check_gates(result: ValidationResult) -> None:
     """Raise GateError naming every failed gate with its value and limit, unless a reason overrides them."""
     failed = [gate for gate in result.gates if not gate.passed]
@@ -56,6 +65,6 @@ def check_gates(result: ValidationResult) -> None:
     raise GateError(
         f"{result.quantized} fails {len(failed)} gate(s)",
         "; ".join(f"{gate.name}: {gate.value:.4g}, limit {gate.limit:g}" for gate in failed),
-        "do not release it: try more calibration tokens, a smaller --group-size or more --bits; "
+        f"do not release it: {remedy(result)}; "
         "--override-gates REASON goes on all the same and is written into the report",
     )

@@ -17,7 +17,7 @@ from qwen_quant.checkpoint.manifest import versions
 from qwen_quant.checkpoint.reader import file_sha256
 from qwen_quant.data import bundled_path
 from qwen_quant.errors import GateError, QwenQuantError
-from qwen_quant.evaluation.gates import check_gates, with_gates
+from qwen_quant.evaluation.gates import check_gates, remedy, with_gates
 from qwen_quant.evaluation.measure import measure
 from qwen_quant.evaluation.report import HTML_FILE, JSON_FILE, layers_of, read_report, write_report
 from qwen_quant.evaluation.tasks import TaskRun
@@ -205,9 +205,7 @@ def _gate(context: Context, inputs: dict[str, Any], progress: ProgressFn) -> Mad
     try:
         check_gates(result)
     except GateError as failed:
-        step = (
-            "try more calibration tokens, a smaller group_size or more bits; override_gates in [release] says why not"
-        )
+        step = f"{remedy(result)}; override_gates in [release] says why not"
         error = GateError(failed.what, failed.why, f"nothing is pushed; {step}")
     failures = sum(not gate.passed for gate in result.gates)
     summary = f"{len(result.gates) - failures} of {len(result.gates)} passed"
