@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 
 from qwen_quant.checkpoint.families import read_model_spec
 from qwen_quant.preparation import QuantizeJob
 from qwen_quant.progress import no_progress
+from qwen_quant.qwen1_tokenizer import SPLIT_PATTERN
 from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
 from qwen_quant.sequential import quantize_checkpoint
 from tests.support.artifacts import change_config
-from tests.support.checkpoints import edit_tensors, make_checkpoint, text_file
+from tests.support.checkpoints import SIZES, SPECIALS, edit_tensors, make_checkpoint, text_file
 from tests.support.moe import make_family_checkpoint
 from tests.support.qwen1 import copy_checkpoint
 from tests.support.qwen1_vocabulary import write_qwen1_tokenizer
@@ -60,6 +62,22 @@ def _make_source(folder: Path, family: str) -> None:
         if family == "qwen2_moe":  # llama.cpp expects experts in every block
             changes = {"mlp_only_layers": [], "shared_expert_intermediate_size": 128}
         make_family_checkpoint(folder, family, **changes)
+    if family != "qwen":
+        _with_merges(folder)
+
+
+def _with_merges(folder: Path) -> None:
+    """A small vocabulary with merges and Qwen2's splitting rule: llama.cpp refuses a vocabulary without merges."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated", invert=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=SIZES["vocab_size"] - len(SPECIALS), initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([text_file(folder / "text.txt").read_text(encoding="utf-8")], trainer)
+    (folder / "text.txt").unlink()
+    tokenizer.add_special_tokens(list(SPECIALS))
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def _with_real_vocabulary(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
     python dense_gguf.py SOURCE_FOLDER OUT_FOLDER f32|q8_0
 
-Every tensor is dequantized by gguf-py and written as F32, or (matrices of blocks only) as Q8_0; the metadata are copied.
+Every tensor is dequantized by gguf-py and written as F32, or (matrices of blocks only) as Q8_0.
+The metadata are copied.
 F32 weights make llama.cpp multiply in FP32: what is left is its own noise.
 """
 

@@ -1,8 +1,8 @@
 """AutoGPTQ 0.7.1 (the reader of 2024) reads a gptq folder with its plain torch layers; widened to FP32 after loading.
 
 transformers 4.37 knows `rope_theta` at the top of config.json only: without it Qwen2 turns with 10000, silently. The
-consumer's view of the folder is a copy of it with that key added where newer transformers wrote `rope_parameters`, which
-is said in `facts`. The tensors are the folder's own, by link.
+consumer's view of the folder has that key added where newer transformers wrote `rope_parameters`, which is said in
+`facts`. The tensors are the folder's own, by link.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """GPTQModel reads a gptq, gptq_v2 or awq folder with its plain torch kernels on a CPU; activations are FP32.
 
-It refuses FP32 when loading, so the model is loaded in FP16 and its parameters widened; those of the folder that are not
+It refuses FP32 when loading, so the model is loaded in FP16 and its parameters widened; those that are not
 quantized are then read again in their own dtype. Its kernels round scale * (code - zero) to FP16.
 """
 

@@ -1,4 +1,4 @@
-"""llama.cpp (through llama-cpp-python) reads a GGUF file; its cache is FP32, its products are whatever the types give."""
+"""llama.cpp (llama-cpp-python) reads a GGUF file; its cache is FP32, its products are what the types give."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def load(folder: Path) -> Runner:
     from llama_cpp import Llama
 
     path = next(folder.glob("*.gguf"))
-    options = {"n_ctx": 256, "n_batch": 256, "logits_all": True, "verbose": False, "n_threads": 1}
+    options = {"n_ctx": 256, "n_batch": 256, "logits_all": True, "verbose": True, "n_threads": 1}
     model = Llama(str(path), type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, n_gpu_layers=0, **options)
 
     def logits(ids: list[int]) -> Any:

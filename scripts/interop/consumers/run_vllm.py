@@ -1,4 +1,4 @@
-"""vLLM on a CPU reads a folder, activations in FP32 where its kernels take it; log-probabilities of the whole vocabulary.
+"""vLLM on a CPU reads a folder, activations in FP32 where its kernels take it.
 
 vLLM gives log-probabilities of prompt tokens, not logits: both sides are compared as they are after our side's own
 log-softmax, so `logits` here are log-probabilities and `facts` says so.
