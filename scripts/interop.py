@@ -22,6 +22,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,22 +153,36 @@ def compare(consumer: Consumer, answer: dict[str, Any], reference: Reference) ->
     if answer["facts"].get("log_probabilities"):
         exact, own = log_probabilities(exact), log_probabilities(own)
     equal = sum(a == b for a, b in zip(answer["greedy"], reference.greedy, strict=True))
-    tokens = answer["tokens"]
     return {
         "max_difference": largest(answer["logits"], exact),
         "rounding_effect": largest(own, exact),
         "max_difference_same_rounding": largest(answer["logits"], own),
         "largest_logit": float(np.abs(exact).max()),
         "greedy_equal": equal,
-        "texts_equal": None if tokens is None else sum(a == b for a, b in zip(tokens, reference.tokens, strict=True)),
+        **_texts(answer["tokens"], reference),
         "versions": answer["versions"],
         "facts": answer["facts"],
         "seconds": round(answer["load_seconds"] + answer["run_seconds"], 1),
     }
 
 
+def _texts(tokens: list[list[int]] | None, reference: Reference) -> dict[str, int | None]:
+    """How many golden strings have our tokens, and how many of those that are in Unicode NFC have not.
+
+    GGUF has no place for a normalizer, so that decomposed characters stay decomposed; anything else is a defect.
+    """
+    if tokens is None:
+        return {"texts_equal": None, "nfc_texts_different": None}
+    rows = zip(reference.texts, tokens, reference.tokens, strict=True)
+    different = [text for text, found, ours in rows if found != ours]
+    in_nfc = sum(unicodedata.is_normalized("NFC", text) for text in different)
+    return {"texts_equal": len(reference.texts) - len(different), "nfc_texts_different": in_nfc}
+
+
 def verdict(consumer: Consumer, figures: dict[str, Any]) -> str:
     """ "equal", "equal up to its rounding" or "DIFFERENT", by the limits above."""
+    if figures["nfc_texts_different"]:
+        return "DIFFERENT"
     if figures["max_difference"] <= consumer.limit and figures["greedy_equal"] == NEW_TOKENS:
         return "equal"
     if consumer.arithmetic == "fp32":
