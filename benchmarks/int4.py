@@ -10,7 +10,7 @@ Bytes are what one product must read; the roofline is those bytes over this mach
 With --llama, a Python that has llama-cpp-python, llama.cpp decodes the same codes as Q4_0 in turn with the others, with
 as many threads; FILE is written from --int4 where it does not exist (default: beside --out).
 (Not called kernels.py: transformers looks for a package of that name and would find this file from any script here.)
-Prints Markdown and writes benchmarks/results/int4.json (or --out) and .md beside it.
+Prints Markdown and writes benchmarks/results/int4_speed.json (or --out) and .md beside it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from qwen_quant.runtime.linear import Int4Linear, LinearSettings
 from qwen_quant.runtime.loading import load_model
 from qwen_quant.runtime.quantized_model import bytes_per_token, load_quantized
 
-RESULTS = Path(__file__).resolve().parent / "results" / "int4.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "int4_speed.json"
 SHAPES = {
     "q/k/v/o 4096 x 4096": (4096, 4096),
     "gate/up 11008 x 4096": (11008, 4096),
