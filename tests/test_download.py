@@ -181,7 +181,7 @@ def test_a_partial_file_is_continued(tmp_path: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_download_continues(tmp_path: Path, how: signal.Signals) -> None:
-    for place in serve(tmp_path, Fault("slow", r"GET /storage", times=1, bytes_per_second=1 << 20)):
+    for place in serve(tmp_path, Fault("slow", r"GET /storage", times=1, bytes_per_second=1 << 18)):
         folder = place.home / "here"
         process = place.start("download", REPO, "--local-dir", str(folder))
         until = time.monotonic() + 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,6 +196,14 @@ def test_retry_after_is_obeyed_and_waits_double() -> None:
     waits = [wait_seconds(Broken(), n, RetryPolicy(9, 1.0)) for n in (1, 2, 3, 4)]
     assert all(0.75 * 2**n <= wait <= 1.25 * 2**n for n, wait in enumerate(waits))
     assert not is_passing(FileNotFoundError("x")) and not is_passing(PermissionError("x"))
+
+
+@pytest.mark.parametrize(("code", "passing"), [(socket.EAI_NONAME, False), (socket.EAI_AGAIN, True)])
+def test_a_host_that_is_not_there_is_not_asked_again(code: int, passing: bool) -> None:
+    error = ConnectionError("the client's own words")
+    error.__cause__ = ConnectionError()
+    error.__cause__.__cause__ = socket.gaierror(code, "what the resolver said")
+    assert is_passing(error) == passing
 
 
 @pytest.mark.parametrize("honours", [True, False])

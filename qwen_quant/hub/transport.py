@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ _LOG = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 20
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 LONGEST_WAIT_SECONDS = 300.0
+_NO_SUCH_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-")
 
 T = TypeVar("T")
@@ -99,11 +101,22 @@ def _first_byte(status: int, headers: Mapping[str, str], start: int) -> int:
     return start
 
 
+def _no_such_host(error: BaseException | None) -> bool:
+    """Whether the resolver said that there is no such host (and not that it should be asked again)."""
+    while error is not None:
+        if isinstance(error, socket.gaierror):
+            return error.errno in _NO_SUCH_HOST
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in RETRIED_STATUS
+    if _no_such_host(error):
+        return False
     if isinstance(error, Broken | ConnectionError | TimeoutError) and type(error).__name__ != "OfflineModeIsEnabled":
         return True
     names = {cls.__name__ for cls in type(error).__mro__}

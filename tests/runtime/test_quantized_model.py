@@ -87,8 +87,9 @@ def test_the_report_and_the_bytes_of_a_token(artifact: Path) -> None:
     assert report.reasons() == {} and report.summary() == f"{LINEARS} x native"
     assert json.loads(json.dumps(report.to_json()))["head"] == "native BF16"
     packed = sum(entry.weight_bytes for entry in report.linears)
-    # 4-bit codes, an FP16 scale for each of 32 weights, q/k/v biases in FP32
-    weights = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 128 * 224 * 3)
+    # 4-bit codes, an FP16 scale for each of 32 weights, q/k/v biases in FP32. The kernel's lanes are 64 codes long, so
+    # the 224 inputs of down_proj are kept as 256.
+    weights = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 128 * 224 * 2 + 128 * 256)
     assert packed == weights * (4 / 8 + 2 / 32) + 2 * (128 + 64 + 64) * 4
     assert bytes_per_token(model) == packed + 320 * 128 * 2 + 5 * 128 * 4
     other = load_quantized(artifact, kernel="torch int4 (CPU)").kernel_report
