@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -130,13 +131,21 @@ def report_parts(result: ExportResult) -> tuple[str | Table, ...]:
         f"{symmetry}{', act-order' if result.act_order else ''}"
     )
     inexact = tuple(f"WARNING: {reason.what}: {reason.why}" for reason in result.inexact)
-    dropped = tuple(f"left out: {name} ({why})" for name, why in result.dropped.items())
+    dropped = tuple(_left_out(result.dropped))
     costs = (
         f"{format_bytes(result.output_bytes)} in {len(result.files)} files, {format_seconds(result.seconds)} "
         f"(writing {format_seconds(result.write_seconds)}, reading back {format_seconds(result.verify_seconds)}), "
         f"peak memory {format_bytes(result.peak_memory_bytes)}"
     )
     return headline, *inexact, *result.notes, *dropped, _proof(result), f"read by: {', '.join(result.runtimes)}", costs
+
+
+def _left_out(dropped: dict[str, str]) -> Iterator[str]:
+    """One line for each reason."""
+    for why in dict.fromkeys(dropped.values()):
+        names = [name for name, reason in dropped.items() if reason == why]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"left out: {names[0]}{more} ({why})"
 
 
 def _proof(result: ExportResult) -> Table:

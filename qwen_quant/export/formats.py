@@ -113,11 +113,14 @@ class Piece:
             it as `PackedRows` where the format keeps codes and grid apart (equal codes and grids have equal products,
             and comparing them is many times faster). For a kept tensor: [rows, ...] in the stored dtype.
         first_row: first row (index of dimension 0) of `values`.
+        meaning: for a kept tensor that the format stores as a function of its rows (1 + weight, -exp(A_log)), that
+            function in FP32, as the model computes it; `values` are compared with its result.
     """
 
     name: str
     values: Tensor | PackedRows
     first_row: int = 0
+    meaning: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

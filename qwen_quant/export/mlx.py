@@ -9,6 +9,9 @@ Tensors of one linear [out, in] with G groups of consecutive columns:
 MLX computes code * scale + bias. In FP32 both terms and their sum are exact for FP16 and BF16 scales, so the weights
 are those of the source, bit for bit.  mlx-lm keeps the routed experts of a block in stacks, `mlp.switch_mlp.*`
 [experts, ...], and looks for quantized experts only under those names.
+
+Families with linear attention are written as mlx-lm's own conversion leaves them: norms as FP32 1 + weight (which is
+what the model computes; in BF16 it would be rounded), convolutions as [channels, width, 1], text decoder only.
 """
 
 from __future__ import annotations
@@ -24,10 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen_quant.checkpoint.halves import SubBlock
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, PlannedWriter, plan_shards
 from qwen_quant.export import checks
 from qwen_quant.export.folder import COMMIT_BYTES, REST_DTYPES, _write_kept, items, kept_dtype
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
+from qwen_quant.export.hybrid import adds_one, full_attention_interval, is_hybrid, is_vision, one_plus
 from qwen_quant.progress import ProgressFn
 from qwen_quant.resume import write_json_atomically
 
@@ -37,7 +42,12 @@ if TYPE_CHECKING:
 SUFFIXES = ("weight", "scales", "biases")
 GROUP_SIZES = (32, 64, 128)
 BITS = (2, 3, 4, 8)
-FAMILIES = ("qwen", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+# Families by what mlx-lm calls them.
+MODEL_TYPES = {
+    **{name: name for name in ("qwen", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_next")},
+    **{name: name.removesuffix("_text") for name in ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")},
+}
+_ALL_SPARSE = ("qwen2_moe", "qwen3_5_moe")  # of mlx-lm's models, those that have experts in every block
 _EXPERT = re.compile(r"(?P<mlp>.*\.mlp)\.experts\.(?P<index>\d+)\.(?P<linear>\w+)")
 _ROUNDING = 2.0**-20  # of the largest scale times code: FP32 products of FP32 scales are rounded
 
@@ -95,17 +105,53 @@ def _check(source: ExportSource) -> list[Inexact]:
         found.append(
             Inexact("FP32 scales", "code * scale is rounded in FP32", "--format f32", error, len(facts.wide_scales))
         )
-    if family not in FAMILIES:
-        why = "mlx-lm stores 1 + norm and another order of the convolution, which is not exact in BF16"
-        found.append(Inexact(f"family {family}", why, "--format gptq, awq or compressed-tensors"))
+    return [*found, *_model_refusals(source, family)]
+
+
+def _model_refusals(source: ExportSource, family: str) -> list[Inexact]:
+    """Why mlx-lm's model of this family is not the source's (empty when it is)."""
+    spec, near = source.spec, "--format gptq, awq or compressed-tensors"
+    if family not in MODEL_TYPES:
+        return [Inexact(f"family {family}", "mlx-lm has no such model", near)]
+    found = []
+    dense = [k for k, halves in enumerate(spec.blocks) if isinstance(halves[1], SubBlock)]
+    if spec.expert_count and dense and MODEL_TYPES[family] in _ALL_SPARSE:
+        why = f"mlx-lm's {MODEL_TYPES[family]} has experts in every block"
+        found.append(Inexact("blocks without experts", why, near, linears=3 * len(dense)))
+    if is_hybrid(spec) and full_attention_interval(spec) is None:
+        why = "mlx-lm has full attention in every n-th block"
+        found.append(Inexact("the order of attention kinds", why, near))
+    if family == "qwen2_moe" and (spec.tied_head or spec.config.get("norm_topk_prob")):
+        why = "mlx-lm's qwen2_moe has a head of its own and takes routing weights as they are"
+        found.append(Inexact("a tied head or norm_topk_prob", why, near))
     return found
+
+
+def _is_left_out(source: ExportSource, name: str) -> bool:
+    """Kept tensors that mlx-lm's model has no place for."""
+    return source.spec.is_passenger(name) or is_vision(source.spec, name)
+
+
+def _kept_spec(source: ExportSource, name: str, options: ExportOptions) -> tuple[torch.dtype, tuple[int, ...]]:
+    """dtype and shape of a kept tensor in the file."""
+    shape = source.reader.info(name).shape
+    if adds_one(source.spec, name):
+        return torch.float32, shape
+    if name.endswith("conv1d.weight"):  # [channels, 1, width]: the same bytes in the other order of dimensions
+        shape = (shape[0], shape[2], 1)
+    return kept_dtype(source, name, options), shape
+
+
+def _written(source: ExportSource) -> list[str]:
+    """Linears and kept tensors of the file, in order."""
+    return [name for name in items(source) if not _is_left_out(source, name)]
 
 
 def _shards(source: ExportSource, options: ExportOptions) -> tuple[PlannedShard, ...]:
     linears, planned = set(source.linears), []
-    for name in items(source):
+    for name in _written(source):
         if name not in linears:
-            planned.append(PlannedTensor(name, kept_dtype(source, name, options), source.reader.info(name).shape))
+            planned.append(PlannedTensor(name, *_kept_spec(source, name, options)))
             continue
         place = _place(source, name)
         if place.index == 0:
@@ -120,12 +166,14 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
     notes: tuple[str, ...] = ()
     if source.spec.config.get("model_type") == "qwen":
         notes = ("mlx-lm has no dynamic NTK and no LogN: the model is exact up to its seq_length",)
-    return ExportPlan(sum(shard.nbytes for shard in shards), len(shards), source.dropped, notes)
+    why = "mlx-lm runs the text decoder, without multi-token prediction"
+    dropped = {**source.dropped, **{name: why for name in source.kept if _is_left_out(source, name)}}
+    return ExportPlan(sum(shard.nbytes for shard in shards), len(shards), dropped, notes)
 
 
 def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
     """Write every linear and kept tensor; continues after the item that `target.state` counts last."""
-    linears, names = set(source.linears), items(source)
+    linears, names = set(source.linears), _written(source)
     done, pending = int(target.state.get("items_done", 0)), 0
     writer = PlannedWriter(target.folder, _shards(source, options))
     try:
@@ -135,7 +183,7 @@ def _write(source: ExportSource, options: ExportOptions, target: Target, progres
                 if k < done:
                     writer.mark_written([name])
                     continue
-                pending += _write_kept(source, writer, name, kept_dtype(source, name, options))
+                pending += _write_plain(source, writer, name, options)
             else:
                 pending += _write_linear(source, writer, name, known=k < done)
             if pending >= COMMIT_BYTES:
@@ -146,6 +194,15 @@ def _write(source: ExportSource, options: ExportOptions, target: Target, progres
     finally:
         writer.close()
     _write_config(source, target.folder, options)
+
+
+def _write_plain(source: ExportSource, writer: PlannedWriter, name: str, options: ExportOptions) -> int:
+    """Write one kept tensor; returns its bytes."""
+    if not adds_one(source.spec, name):
+        return _write_kept(source, writer, name, kept_dtype(source, name, options))
+    values = one_plus(source.reader.read(name))
+    writer.write(name, values)
+    return values.nbytes
 
 
 def _write_linear(source: ExportSource, writer: PlannedWriter, name: str, *, known: bool) -> int:
@@ -163,14 +220,25 @@ def _write_linear(source: ExportSource, writer: PlannedWriter, name: str, *, kno
 
 def _write_config(source: ExportSource, folder: Path, options: ExportOptions) -> None:
     """config.json as mlx-lm writes it. `rope_theta` stands at the top, or mlx-lm takes 1e6 in silence."""
-    facts = source.facts
+    facts, spec = source.facts, source.spec
     settings: dict[str, Any] = {"group_size": facts.group_size, "bits": facts.bits, "mode": "affine"}
-    config = {key: value for key, value in source.spec.config.items() if key not in ("auto_map", "quantization_config")}
-    theta = (config.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None:
-        config.setdefault("rope_theta", theta)
+    config = {key: value for key, value in spec.config.items() if key not in ("auto_map", "quantization_config")}
+    config["model_type"] = MODEL_TYPES[config["model_type"]]
+    text = config
+    if isinstance(config.get("text_config"), dict):
+        text = config["text_config"] = {**config["text_config"], "tie_word_embeddings": spec.tied_head}
+    rope = text.get("rope_parameters") or {}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            text.setdefault(key, rope[key])
+    if is_hybrid(spec):
+        text["full_attention_interval"] = full_attention_interval(spec)
+    if spec.expert_count:  # what transformers takes where these are not said
+        plain = {"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": is_hybrid(spec)}
+        for key, value in {"num_experts": spec.expert_count, **plain}.items():
+            text.setdefault(key, value)
     if options.rest is not None:
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(REST_DTYPES[options.rest]).removeprefix("torch.")
+        text["dtype" if "dtype" in text else "torch_dtype"] = str(REST_DTYPES[options.rest]).removeprefix("torch.")
     write_json_atomically(
         folder / "config.json", {**config, "quantization": settings, "quantization_config": {**settings}}
     )
@@ -195,8 +263,9 @@ def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
             parts = [arrays[f"{place.module}.{suffix}"] for suffix in SUFFIXES]
             parts = [part[place.index] for part in parts] if place.stack else parts
             yield Piece(name, _as_torch(core.dequantize(*parts, group_size=facts.group_size, bits=facts.bits)))
-        for name in source.kept:
-            yield Piece(name, _as_torch(arrays[name]))
+        for name in (name for name in source.kept if not _is_left_out(source, name)):
+            values = _as_torch(arrays[name]).view(source.reader.info(name).shape)
+            yield Piece(name, values, meaning=one_plus if adds_one(source.spec, name) else None)
 
 
 MLX = Format(

@@ -2,7 +2,8 @@
 
 A linear counts as equal when every dequantized weight is the same FP32 number.  Where a format keeps codes and grid
 apart, equal codes, zeros, scales and groups say so without the products; where they differ, the products are compared.
-Kept tensors are compared in the dtype they are stored in.
+Kept tensors are compared in the dtype they are stored in; those that a format stores as a function of their values
+(`Piece.meaning`) as the FP32 number that the model itself computes from them.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class _Tally:
                 expected = self.source.dequantized(piece.name, start, piece.first_row + part.stop)
                 total = max(total, largest_difference(piece.values[part], expected))
             return total, rows
-        return largest_difference(piece.values, self.source.kept_rows(piece.name, piece.first_row, stop)), rows
+        kept = self.source.kept_rows(piece.name, piece.first_row, stop)
+        return largest_difference(piece.values, kept if piece.meaning is None else piece.meaning(kept)), rows
 
     def incomplete(self, dropped: set[str]) -> str:
         """The first tensor that did not come back whole, "" when all did."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,6 +60,38 @@ def test_the_layout_means_the_weights_of_the_source(tmp_path: Path, bits: int, s
     assert set(tensors) - {f"{n}.{s}" for n in dense for s in mlx.SUFFIXES} == set(source.kept)
 
 
+def test_linear_attention_is_stored_as_mlx_lm_runs_it(tmp_path: Path) -> None:
+    make_family_checkpoint(tmp_path / "model", "qwen3_5_moe")
+    dense = gptq_folder(tmp_path / "model", tmp_path / "q")
+    source, tensors = written(tmp_path / "q", tmp_path / "out")
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    block = "model.language_model.layers.0"
+    for name in (f"{block}.input_layernorm.weight", "model.language_model.norm.weight"):
+        assert torch.equal(tensors[name], 1 + stored[name].float())  # what the model multiplies by, in FP32
+    inner, conv = f"{block}.linear_attn.norm.weight", f"{block}.linear_attn.conv1d.weight"
+    assert torch.equal(tensors[inner], stored[inner])
+    assert torch.equal(tensors[conv], stored[conv].moveaxis(2, 1)) and tensors[conv].shape[2] == 1
+    parts = [tensors[f"{block}.linear_attn.in_proj_qkv.{suffix}"].numpy() for suffix in mlx.SUFFIXES]
+    assert np.array_equal(affine(*parts, 4, 32), dense[f"{block}.linear_attn.in_proj_qkv"].numpy())
+    left_out = mlx.MLX.plan(source, ExportOptions()).dropped
+    assert left_out and all("visual" in name for name in left_out) and not any("visual" in name for name in tensors)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert config["full_attention_interval"] == 4 and config["num_experts"] == source.spec.expert_count
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+
+
+def test_models_that_mlx_lm_builds_otherwise_are_refused(tmp_path: Path) -> None:
+    def refused(family: str, **changes: Any) -> list[str]:
+        folder = tmp_path / f"{family}{len(changes)}"
+        gptq_folder(make_family_checkpoint(folder, family, **changes), folder / "q")
+        return [reason.what for reason in mlx.MLX.check(ExportSource(folder / "q"))]
+
+    assert refused("qwen2_moe") == ["blocks without experts"]
+    kinds = ["linear_attention", "full_attention", "full_attention", "linear_attention"]
+    assert refused("qwen3_5_text", layer_types=kinds) == ["the order of attention kinds"]
+    assert refused("qwen4_exp_text") == ["family qwen4_exp_text"]
+
+
 def test_experts_are_stacked_as_mlx_lm_names_them(tmp_path: Path) -> None:
     make_family_checkpoint(tmp_path / "model", "qwen3_moe")
     dense = gptq_folder(tmp_path / "model", tmp_path / "q")
@@ -77,10 +110,6 @@ def test_what_mlx_cannot_hold_is_refused_with_a_way_out(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "model", "qwen2")
     gptq_folder(tmp_path / "model", tmp_path / "act", act_order=True)
     assert [reason.what for reason in mlx.MLX.check(ExportSource(tmp_path / "act"))] == ["act-order (desc_act)"]
-    make_family_checkpoint(tmp_path / "hybrid", "qwen3_next")
-    gptq_folder(tmp_path / "hybrid", tmp_path / "hybrid-q")
-    reasons = mlx.MLX.check(ExportSource(tmp_path / "hybrid-q"))
-    assert any("family qwen3_next" in reason.what and reason.max_error is None for reason in reasons)
 
 
 @pytest.mark.skipif(HAS_MLX, reason="mlx is installed")
@@ -94,9 +123,9 @@ def test_a_missing_library_names_the_extra_before_anything_is_written(tmp_path: 
 
 
 @pytest.mark.skipif(not HAS_MLX, reason="needs mlx: pip install 'qwen-quant[mlx]'")
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5"])
 def test_mlx_itself_reads_back_every_weight(tmp_path: Path, family: str) -> None:
-    make_family_checkpoint(tmp_path / "m", family) if "moe" in family else make_checkpoint(tmp_path / "m", family)
+    (make_checkpoint if family in ("qwen2", "qwen3") else make_family_checkpoint)(tmp_path / "m", family)
     gptq_folder(tmp_path / "m", tmp_path / "q", sym=False)
     result = export_artifact(ExportJob(tmp_path / "q", tmp_path / "out", "mlx"), no_progress)
     assert result.proof.exact and result.proof.linears == len(ExportSource(tmp_path / "q").linears)
