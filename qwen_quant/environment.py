@@ -29,7 +29,16 @@ CORE_PACKAGES = (
     "typer",
     "rich",
 )
-EXTRAS = {"eval": ("lm_eval", "datasets"), "interop": ("gptqmodel", "optimum")}
+EXTRAS = {  # of pyproject.toml, with the packages that must import
+    "eval": ("lm_eval", "datasets"),
+    "gguf": ("gguf",),
+    "mlx": ("mlx.core",),
+    "openvino": ("openvino", "openvino_tokenizers"),
+    "onnx": ("onnx",),
+    "sign": ("model_signing",),
+    "plots": ("matplotlib",),
+    "interop": ("gptqmodel", "optimum"),
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ def extra_status(extra: str, packages: tuple[str, ...]) -> ExtraStatus:
     """Try to import the packages of one extra; what goes wrong is reported, not raised."""
     problems = []
     for package in packages:
-        if importlib.util.find_spec(package) is None:
+        if importlib.util.find_spec(package.partition(".")[0]) is None:
             problems.append(f"{package} is not installed")
             continue
         try:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,11 @@ def test_extras_report_what_is_missing_and_what_breaks(tmp_path: Path, monkeypat
     assert "qq_no_such_package is not installed" in status.problem
     assert "needs libmagic" in status.problem
     assert environment.extra_status("fine", ("json",)) == environment.ExtraStatus("fine", ("json",), True, "")
+
+
+def test_every_extra_is_known() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(environment.EXTRAS) == set(project["optional-dependencies"]) - {"dev"}
 
 
 def test_peak_memory_grows_with_an_allocation() -> None:

@@ -79,7 +79,8 @@ def export(
     find_format(format)
     check_output(out, force=run.force)
     found = options.find_model(artifact, output)
-    job = ExportJob(found.path, out, format, rest, allow_inexact, run, found.source_id, found.revision)
+    split = None if max_shard_size is None else run.max_shard_size_bytes  # GGUF is one file unless this was asked for
+    job = ExportJob(found.path, out, format, rest, allow_inexact, run, found.source_id, found.revision, split)
     with running(output) as progress:
         result = export_artifact(job, progress)
     show(Report("export", to_json(result), report_parts(result)), output)

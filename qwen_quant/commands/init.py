@@ -60,6 +60,7 @@ stride_tokens = 0                # tokens between window starts; 0: disjoint win
 joining = "\\n\\n"                 # between two rows of a data set
 lengths = []                     # window lengths of the long-context table, e.g. [1024, 2048, 4096]
 smoke = true                     # fixed prompts first
+kv_cache = ""                    # "int8", "bf16" or "qwen": the keys and values of OUT in such a cache
 seed = 0                         # of every bootstrap
 
 [gates]                          # each compares the unfavourable end of the 95% interval

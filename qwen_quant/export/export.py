@@ -39,6 +39,7 @@ class ExportJob:
         rest: dtype of what is not quantized, None to keep it (see `ExportOptions`).
         allow_inexact: write a format that cannot be exact, with the largest error in result and manifest.
         run: shard size, resume, force.
+        split_bytes: largest file of a format that is one file otherwise (see `ExportOptions`).
         source_id, revision: where the artifact came from, for the record.
     """
 
@@ -50,11 +51,12 @@ class ExportJob:
     run: RunConfig = field(default_factory=RunConfig)
     source_id: str = ""
     revision: str | None = None
+    split_bytes: int | None = None
 
     @property
     def options(self) -> ExportOptions:
         """What decides the bytes beside the source."""
-        return ExportOptions(self.rest, self.run.max_shard_size_bytes)
+        return ExportOptions(self.rest, self.run.max_shard_size_bytes, self.split_bytes)
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,12 @@ class ExportOptions:
     Attributes:
         rest: dtype of what is not quantized: one of REST, or None to keep every tensor as stored.
         max_shard_size_bytes: largest file, where the format has several.
+        split_bytes: largest file of a format that is one file otherwise (GGUF); None: one file.
     """
 
     rest: str | None = None
     max_shard_size_bytes: int = 2_000_000_000
+    split_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
-"""One GGUF file: quantized linears in blocks of 32 (gguf_blocks.py), everything else as stored, tokenizer and all.
+"""GGUF: quantized linears in blocks of 32 (gguf_blocks.py), everything else as stored, tokenizer and all.
 
-gguf-py names the tensors (its own tables of what llama.cpp calls them) and writes the head of the file; offsets follow
-from it, so every tensor is written to its place and a killed run continues.  Vectors and routers are FP32, which is
-what llama.cpp computes them in; matrices that are not quantized stay as stored (FP16 would lose small BF16 values).
+One file, or with --max-shard-size several in llama.cpp's own way: model-00001-of-00003.gguf and so on, every one with
+split.no, split.count and split.tensors.count, the first with all other metadata; a reader is given the first.
+gguf-py writes the head of each file; offsets follow from it, so every tensor is written to its place and a killed run
+continues.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,72 +25,66 @@ from torch import Tensor
 from qwen_quant.checkpoint.reader import raw_bytes
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.export import checks
-from qwen_quant.export.folder import COMMIT_BYTES, items
-from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
-from qwen_quant.export.gguf_blocks import BLOCK, BlockType, encode, narrowest
+from qwen_quant.export.folder import COMMIT_BYTES
+from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Target, require
+from qwen_quant.export.gguf_blocks import BLOCK, encode, narrowest
+from qwen_quant.export.gguf_layout import (
+    ALIGNMENT,
+    PLAIN,
+    RESTS,
+    Entry,
+    Move,
+    block_type,
+    entries_of,
+    is_left_out,
+    kept_bytes,
+    kept_kind,
+    moves_heads,
+    padded,
+)
 from qwen_quant.export.gguf_metadata import ARCHITECTURES, Vocabulary, architecture_facts, read_vocabulary
+from qwen_quant.export.gguf_reading import read_back
+from qwen_quant.export.hybrid import full_attention_interval, is_hybrid
 from qwen_quant.export.rows import row_pieces
+from qwen_quant.gptq import QuantizedWeight
 from qwen_quant.progress import ProgressFn
 
 if TYPE_CHECKING:
     from qwen_quant.export.source import ExportSource
 
 FILE = "model.gguf"
-ALIGNMENT = 32
 HEAD_BYTES = 16 << 20  # of metadata, vocabulary and tensor table: a bound for planning
-_EXPERT = re.compile(r"(?P<stack>.*\.mlp\.experts)\.(?P<index>\d+)\.(?P<linear>\w+)")
 _DENSE_MLP = re.compile(r".*\.mlp\.(gate|up|down)_proj")
-_FULL_PRECISION = (".mlp.gate.weight", ".shared_expert_gate.weight")  # routers
-_PLAIN_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_RESTS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-_ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One tensor of the file.
-
-    Attributes:
-        name: in the file. sources: names of the source that it holds, in order: several for a stack of experts.
-        kind: GGUF type. shape: rows last to first as torch has them. nbytes: of its data, offset: in the file's data.
-    """
+class _File:
+    """One file: its name, its entries, and where the data of each begins behind the head."""
 
     name: str
-    sources: tuple[str, ...]
-    kind: str
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
+    entries: tuple[Entry, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all data."""
+        return self.offsets[-1] + self.entries[-1].space
 
 
-def _block_type(source: ExportSource) -> BlockType:
-    found = narrowest(source.facts.bits, sym=source.facts.sym)
-    assert found is not None  # _check
-    return found
+@lru_cache(maxsize=1)  # making the first generation's takes seconds, and a run asks several times
+def _tokenizer(source: ExportSource) -> Vocabulary | None:
+    return read_vocabulary(source.folder, source.spec.text_config["vocab_size"])
 
 
-def _kind(source: ExportSource, name: str, rest: str | None) -> str:
-    """GGUF type of kept tensor `name`."""
-    info = source.reader.info(name)
-    if len(info.shape) < 2 or name.endswith(_FULL_PRECISION) or min(info.shape) == 1:
-        return "F32"
-    if rest == "q8_0" and info.shape[-1] % BLOCK:
-        return "BF16"
-    return _RESTS[rest] if rest is not None else _PLAIN_TYPES[info.dtype]
-
-
-def _kept_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    count = math.prod(shape)
-    return count // BLOCK * 34 if kind == "Q8_0" else count * _ELEMENT_BYTES[kind]
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _vocabulary(source: ExportSource) -> Vocabulary | None:
+    """The tokenizer as the file has it: None without one, or with one that llama.cpp does not load."""
+    found = _tokenizer(source)
+    return found if found is not None and found.merges else None
 
 
 def _check(source: ExportSource) -> list[Inexact]:
-    facts, family = source.facts, source.spec.config.get("model_type", "")
-    count = len(source.linears)
+    facts, spec = source.facts, source.spec
+    family, count = spec.config.get("model_type", ""), len(source.linears)
     found = [*checks.act_order(source, "GGUF blocks are consecutive columns"), *checks.fp16_scales(source)]
     if narrowest(facts.bits, sym=facts.sym) is None:
         why = "no GGUF type with one scale a block holds code - zero of all 9 bits"
@@ -98,95 +94,86 @@ def _check(source: ExportSource) -> list[Inexact]:
         why = f"GGUF has one scale for {BLOCK} columns"
         found.append(Inexact(f"group_size {size}", why, "--format compressed-tensors", linears=count))
     if family not in ARCHITECTURES:
-        why = "llama.cpp stores changed values of linear attention (1 + norm, -exp(A_log), another order of heads)"
-        found.append(Inexact(f"family {family}", why, "--format gptq, awq or compressed-tensors"))
-        return found
+        return [*found, Inexact(f"family {family}", "llama.cpp has no such model", "--format gptq or awq")]
     dense = [name for name in source.linears if _DENSE_MLP.fullmatch(name)]
-    if source.spec.expert_count and dense:
+    if spec.expert_count and dense:
         why = "llama.cpp expects experts in every block of this architecture"
         found.append(Inexact("blocks without experts", why, "--format gptq or awq", linears=len(dense)))
-    vocabulary = read_vocabulary(source.folder, source.spec.config["vocab_size"])
-    if vocabulary is not None and not vocabulary.pre:
+    if is_hybrid(spec) and full_attention_interval(spec) is None:
+        why = "llama.cpp has full attention in every n-th block"
+        found.append(Inexact("the order of attention kinds", why, "--format gptq or awq"))
+    if moves_heads(spec) and spec.text_config["linear_value_head_dim"] % BLOCK:
+        why = f"llama.cpp takes value heads in another order, and blocks of {BLOCK} columns would be cut"
+        found.append(Inexact("linear_value_head_dim", why, "--format gptq or awq"))
+    return [*found, *_tokenizer_refusals(source)]
+
+
+def _tokenizer_refusals(source: ExportSource) -> list[Inexact]:
+    """What llama.cpp cannot do with this tokenizer; with --allow-inexact the weights are exact all the same."""
+    vocabulary = _tokenizer(source)
+    if vocabulary is None:
+        return []
+    if not vocabulary.merges:
+        why = "llama.cpp loads no byte-level vocabulary without merges: the file would take token ids only"
+        return [Inexact("a tokenizer without merges", why, "--format gptq", max_error=0.0)]
+    if not vocabulary.pre:
         why = "llama.cpp has no splitting rule that is known to be that of tokenizer.json: text would split differently"
-        found.append(Inexact("the tokenizer's splitting rule", why, "--format gptq", max_error=0.0))
-    return found
+        return [Inexact("the tokenizer's splitting rule", why, "--format gptq", max_error=0.0)]
+    return []
 
 
 def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
-    kind = _block_type(source)
-    weights = sum(math.prod(source.shape(name)) // BLOCK * kind.block_bytes for name in source.linears)
-    kept = sum(
-        _kept_bytes(_kind(source, name, options.rest), source.reader.info(name).shape)
-        for name in source.kept
-        if not source.spec.is_passenger(name)
-    )
+    """Sizes within a percent; the number of files is known only where gguf-py is installed, and is a guess here."""
+    kind, spec = block_type(source), source.spec
+    shapes = (source.shape(name) for name in source.linears)
+    weights = sum(rows * (width // BLOCK * kind.block_bytes) for rows, width in shapes)
+    kept = [name for name in source.kept if not is_left_out(spec, name)]
+    weights += sum(kept_bytes(kept_kind(source, name, options.rest), source.reader.info(name).shape) for name in kept)
     notes = [f"linears are {kind.name}"]
-    if source.spec.config["model_type"] == "qwen":
+    if spec.config["model_type"] == "qwen":
         notes.append("llama.cpp has no dynamic NTK and no LogN: the model is exact up to its seq_length")
-    if read_vocabulary(source.folder, source.spec.config["vocab_size"]) is None:
-        notes.append("the source has no tokenizer: the file takes token ids only")
-    reason = "llama.cpp has no place for it"
-    dropped = {**source.dropped, **{name: reason for name in source.kept if source.spec.is_passenger(name)}}
-    padding = ALIGNMENT * (len(source.linears) + len(source.kept))
-    return ExportPlan(weights + kept + padding + HEAD_BYTES, 1, dropped, tuple(notes))
+    if _vocabulary(source) is None:
+        notes.append("the file has no tokenizer: it takes token ids only")
+    why = "llama.cpp runs the text decoder, and this export leaves multi-token prediction out"
+    dropped = {**source.dropped, **{name: why for name in source.kept if is_left_out(spec, name)}}
+    padding = ALIGNMENT * (len(source.linears) + len(kept))
+    limit = options.split_bytes
+    files = 1 if limit is None else max(1, -(-weights // limit))
+    return ExportPlan(weights + padding + HEAD_BYTES, files, dropped, tuple(notes))
 
 
-def _entries(source: ExportSource, options: ExportOptions) -> list[_Entry]:
-    """Every tensor of the file, in order, under llama.cpp's names."""
-    gguf: Any = require("gguf", "gguf", "gguf")
-    architecture = next(
-        key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[source.spec.config["model_type"]]
-    )
-    names = gguf.get_tensor_name_map(architecture, source.spec.num_layers)
-    linears, found, offset = set(source.linears), [], 0
-    for name in items(source):
-        if source.spec.is_passenger(name):
-            continue
-        expert = _EXPERT.fullmatch(name)
-        if expert is not None and int(expert["index"]):
-            continue
-        if name in linears:
-            sources, base, suffix = _stack(source, name, expert), name, ".weight"
-            rows, width = source.shape(name)
-            block = _block_type(source)
-            nbytes = len(sources) * rows * (width // BLOCK * block.block_bytes)
-            shape: tuple[int, ...] = (len(sources), rows, width) if expert is not None else (rows, width)
-            kind = block.name
-        else:
-            sources, (base, _, last) = (name,), name.rpartition(".")
-            suffix, shape = f".{last}", source.reader.info(name).shape
-            kind = _kind(source, name, options.rest)
-            shape = tuple(size for size in shape if size != 1) or (1,)
-            nbytes = _kept_bytes(kind, shape)
-        wanted = base if expert is None else f"{expert['stack']}.{expert['linear']}"
-        short = names.get_name(wanted)
-        if short is None:
-            raise InputError(f"gguf-py has no name for '{name}'", "this architecture lacks it", "use --format gptq")
-        found.append(_Entry(short + suffix, sources, kind, shape, nbytes, offset))
-        offset += _padded(nbytes)
+def _files(source: ExportSource, options: ExportOptions) -> list[_File]:
+    """The files, filled in order up to --max-shard-size of data each (a larger tensor gets a file of its own)."""
+    parts: list[list[Entry]] = [[]]
+    limit, size = options.split_bytes, 0
+    for entry in entries_of(source, options):
+        if limit is not None and parts[-1] and size + entry.space > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += entry.space
+    found = []
+    for k, part in enumerate(parts):
+        stem = Path(FILE).stem
+        name = FILE if len(parts) == 1 else f"{stem}-{k + 1:05d}-of-{len(parts):05d}.gguf"
+        ends = list(itertools.accumulate(entry.space for entry in part))
+        found.append(_File(name, tuple(part), (0, *ends[:-1])))
     return found
 
 
-def _stack(source: ExportSource, name: str, expert: re.Match[str] | None) -> tuple[str, ...]:
-    if expert is None:
-        return (name,)
-    return tuple(f"{expert['stack']}.{k}.{expert['linear']}" for k in range(source.spec.expert_count))
-
-
-def _write_head(source: ExportSource, entries: list[_Entry], path: Path) -> int:
-    """Write metadata and tensor table; returns where data begins."""
+def _write_head(source: ExportSource, files: list[_File], number: int, path: Path) -> None:
+    """Write metadata and tensor table of file `number`; its data begins at the next multiple of the alignment."""
     gguf: Any = require("gguf", "gguf", "gguf")
-    name = ARCHITECTURES[source.spec.config["model_type"]]
-    writer = gguf.GGUFWriter(str(path), name)
-    for key, value in architecture_facts(source).items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"{name}.{key}", value)
-    writer.add_name(source.folder.name)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    types = {"Q4_0": "MOSTLY_Q4_0", "Q5_0": "MOSTLY_Q5_0", "Q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(gguf.LlamaFileType[types[_block_type(source).name]])
-    _add_vocabulary(writer, read_vocabulary(source.folder, source.spec.config["vocab_size"]))
-    for entry in entries:
+    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[source.spec.config["model_type"]])
+    if number == 0:
+        _add_metadata(source, writer)
+    else:
+        writer.kv_data = [{}]
+    if len(files) > 1:
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", len(files))
+        writer.add_int32("split.tensors.count", sum(len(file.entries) for file in files))
+    for entry in files[number].entries:
         kind = gguf.GGMLQuantizationType[entry.kind]
         dtype = _numpy_type(entry.kind)
         stored = gguf.quant_shape_to_byte_shape(entry.shape, kind) if dtype == np.uint8 else entry.shape
@@ -195,7 +182,18 @@ def _write_head(source: ExportSource, entries: list[_Entry], path: Path) -> int:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    return _padded(path.stat().st_size)
+
+
+def _add_metadata(source: ExportSource, writer: Any) -> None:
+    gguf: Any = require("gguf", "gguf", "gguf")
+    kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in architecture_facts(source).items():
+        kinds[type(value)](f"{ARCHITECTURES[source.spec.config['model_type']]}.{key}", value)
+    writer.add_name(source.folder.name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    types = {"Q4_0": "MOSTLY_Q4_0", "Q5_0": "MOSTLY_Q5_0", "Q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(gguf.LlamaFileType[types[block_type(source).name]])
+    _add_vocabulary(writer, _vocabulary(source))
 
 
 def _numpy_type(kind: str) -> Any:
@@ -219,46 +217,64 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary | None) -> None:
 
 
 def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
-    """Write the file; continues after the entry that `target.state` counts last."""
-    entries, path = _entries(source, options), target.folder / FILE
-    done = int(target.state.get("entries_done", 0)) if path.is_file() else 0
-    head = target.folder / f".{FILE}.head"
-    start = _write_head(source, entries, head)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    """Write the files; continues after the entry that `target.state` counts last."""
+    files = _files(source, options)
+    total, there = sum(len(file.entries) for file in files), all((target.folder / f.name).is_file() for f in files)
+    done = int(target.state.get("entries_done", 0)) if there else 0
+    starts = [_create(source, files, number, target.folder) for number in range(len(files))]
+    before = pending = 0
+    for file, start in zip(files, starts, strict=True):
+        handle = os.open(target.folder / file.name, os.O_RDWR)
+        try:
+            for k, (entry, offset) in enumerate(zip(file.entries, file.offsets, strict=True), before):
+                if k < done:
+                    continue
+                progress("writing", k, total)
+                pending += _write_entry(source, entry, handle, start + offset)
+                if pending >= COMMIT_BYTES or k + 1 == before + len(file.entries):
+                    os.fdatasync(handle)
+                    target.commit({"entries_done": k + 1})
+                    pending = 0
+        finally:
+            os.close(handle)
+        before += len(file.entries)
+    if _vocabulary(source) is not None:
+        _remove_what_is_inside(target.folder)
+    (target.folder / "config.json").unlink(missing_ok=True)
+
+
+def _create(source: ExportSource, files: list[_File], number: int, folder: Path) -> int:
+    """Make file `number` in its full length, with its head; returns where its data begins."""
+    head = folder / f".{FILE}.head"
+    _write_head(source, files, number, head)
+    start = padded(head.stat().st_size)
+    handle = os.open(folder / files[number].name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        size = start + (entries[-1].offset + _padded(entries[-1].nbytes) if entries else 0)
+        size = start + files[number].nbytes
         os.ftruncate(handle, size)
         os.posix_fallocate(handle, 0, size)
         os.pwrite(handle, head.read_bytes(), 0)
-        head.unlink()
-        pending = 0
-        for k, entry in enumerate(entries[done:], done):
-            progress("writing", k, len(entries))
-            pending += _write_entry(source, entry, handle, start + entry.offset)
-            if pending >= COMMIT_BYTES:
-                os.fdatasync(handle)
-                target.commit({"entries_done": k + 1})
-                pending = 0
-        os.fdatasync(handle)
     finally:
         os.close(handle)
-    _remove_what_is_inside(target.folder)
+    head.unlink()
+    return start
 
 
 def _remove_what_is_inside(folder: Path) -> None:
-    """The tokenizer and its settings are in the file; config.json was never there."""
+    """The tokenizer and its settings are in the file."""
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "qwen.tiktoken"):
         (folder / name).unlink(missing_ok=True)
 
 
-def _write_entry(source: ExportSource, entry: _Entry, handle: int, offset: int) -> int:
+def _write_entry(source: ExportSource, entry: Entry, handle: int, offset: int) -> int:
     """Write the data of one tensor at `offset`; returns its bytes."""
     linears, written = set(source.linears), 0
     for name in entry.sources:
         if name in linears:
-            parts: Iterator[Tensor] = iter([encode(source.quantized(name), _block_type(source))])
+            weight = _moved(source.quantized(name), entry.move)
+            parts: Iterator[Tensor] = iter([encode(weight, block_type(source))])
         else:
-            parts = _kept_parts(source, name, entry.kind)
+            parts = _kept_parts(source, name, entry)
         for part in parts:
             data = raw_bytes(part)
             sent = 0
@@ -270,57 +286,41 @@ def _write_entry(source: ExportSource, entry: _Entry, handle: int, offset: int) 
     return written
 
 
-def _kept_parts(source: ExportSource, name: str, kind: str) -> Iterator[Tensor]:
-    """Data of a kept tensor in pieces of rows, as uint8 or in its type."""
+def _moved(weight: QuantizedWeight, move: Move) -> QuantizedWeight:
+    """The same weights in other places: rows with their scales and zeros, columns with their groups."""
+    rows = slice(None) if move.rows is None else move.rows
+    codes, g_idx = weight.codes[rows], weight.g_idx
+    if move.columns is not None:
+        codes, g_idx = codes[:, move.columns], g_idx[move.columns]
+    return QuantizedWeight(codes, weight.scales[rows], weight.zeros[rows], g_idx)
+
+
+def _kept_parts(source: ExportSource, name: str, entry: Entry) -> Iterator[Tensor]:
+    """Data of a kept tensor in pieces of rows (whole where it is changed), as uint8 or in its type."""
     gguf: Any = require("gguf", "gguf", "gguf")
-    for start, stop in row_pieces(source.reader.info(name)):
-        rows = source.kept_rows(name, start, stop)
-        if kind == "Q8_0":
+    pieces = [(0, None)] if entry.move.changes else row_pieces(source.reader.info(name))
+    for start, stop in pieces:
+        rows = entry.move.apply(source.kept_rows(name, start, stop))
+        if entry.kind == "Q8_0":
             made = gguf.quants.quantize(rows.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
             yield torch.from_numpy(made)
             continue
-        values = rows.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
+        values = rows.to(PLAIN[entry.kind])
         if bool((values.isinf() & ~rows.isinf()).any()):
-            raise InputError(f"'{name}' has values that {kind} cannot hold", next_step="use --rest bf16 or f32")
-        yield values.reshape(-1)
-
-
-def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
-    gguf: Any = require("gguf", "gguf", "gguf")
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(folder / FILE)).tensors}
-    for entry in _entries(source, ExportOptions()):
-        tensor = tensors[entry.name]
-        for k, name in enumerate(entry.sources):
-            data = tensor.data[k] if len(entry.sources) > 1 else tensor.data
-            if name in source.linears:
-                yield Piece(name, torch.from_numpy(gguf.quants.dequantize(data, tensor.tensor_type)))
-            else:
-                yield from _kept_pieces(source, name, data, tensor.tensor_type)
-
-
-def _kept_pieces(source: ExportSource, name: str, data: Any, kind: Any) -> Iterator[Piece]:
-    """A kept tensor's rows in its stored dtype (AuditError for values that it cannot hold: they are a difference)."""
-    gguf: Any = require("gguf", "gguf", "gguf")
-    info = source.reader.info(name)
-    shaped = data.reshape(info.shape[0], -1) if len(info.shape) > 1 else data
-    for start, stop in row_pieces(info):
-        wide = torch.from_numpy(np.array(gguf.quants.dequantize(shaped[start:stop], kind), dtype=np.float32))
-        values = wide.to(info.dtype)
-        if not torch.equal(values.float(), wide) and kind.name in ("F32", "BF16", "F16"):
-            raise AuditError(f"'{name}' reads back with values that {info.dtype} cannot hold")
-        yield Piece(name, values.view(stop - start, *info.shape[1:]), start)
+            raise InputError(f"'{name}' has values that {entry.kind} cannot hold", next_step="use --rest bf16 or f32")
+        yield values.reshape(-1).contiguous()
 
 
 GGUF = Format(
     name="gguf",
-    summary="one GGUF file: Q4_0 (symmetric), Q5_0 (asymmetric), Q8_0 (8 bit); groups that 32 divides",
+    summary="GGUF: Q4_0 (symmetric), Q5_0 (asymmetric), Q8_0 (8 bit); groups that 32 divides",
     runtimes=("llama.cpp", "Ollama", "LM Studio", "transformers (gguf_file, dequantized)"),
     extra="gguf",
     check=_check,
     plan=_plan,
     write=_write,
-    read_back=_read_back,
+    read_back=read_back,
     read_with=lambda: f"gguf {metadata.version('gguf')}",
-    rests=tuple(_RESTS),
+    rests=tuple(RESTS),
     packages=("gguf",),
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_quant.errors import InputError
+from qwen_quant.export.hybrid import full_attention_interval, is_hybrid
 
 if TYPE_CHECKING:
     from qwen_quant.export.source import ExportSource
@@ -19,12 +20,24 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
+    "qwen3_5": "qwen35",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5_moe": "qwen35moe",
+    "qwen3_5_moe_text": "qwen35moe",
 }
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of llama.cpp
 # What splits text before merging, by the regular expression that tokenizer.json holds -> llama.cpp's name for it.
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+_QWEN3_5_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {_QWEN2_SPLIT: "qwen2", _QWEN3_5_SPLIT: "qwen35"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,11 @@ class Vocabulary:
 
 
 def architecture_facts(source: ExportSource) -> dict[str, Any]:
-    """Keys without the architecture's prefix -> values (int, float or str)."""
-    config = source.spec.config
-    return _first_generation(config, source) if config["model_type"] == "qwen" else _later(config, source)
+    """Keys without the architecture's prefix -> values (int, float, str or a list of int)."""
+    config = source.spec.text_config
+    if source.spec.config["model_type"] == "qwen":
+        return _first_generation(config, source)
+    return _later(config, source) | _linear_attention(config, source)
 
 
 def _first_generation(config: dict[str, Any], source: ExportSource) -> dict[str, Any]:
@@ -76,7 +91,7 @@ def _later(config: dict[str, Any], source: ExportSource) -> dict[str, Any]:
         "block_count": source.spec.num_layers,
         "context_length": config["max_position_embeddings"],
         "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
+        "feed_forward_length": config.get("intermediate_size") or config["moe_intermediate_size"],
         "attention.head_count": heads,
         "attention.head_count_kv": config.get("num_key_value_heads") or heads,
         "attention.key_length": width,
@@ -86,6 +101,27 @@ def _later(config: dict[str, Any], source: ExportSource) -> dict[str, Any]:
         "vocab_size": config["vocab_size"],
     }
     return found | _scaled_rotation(rope) | _experts(config, source)
+
+
+def _linear_attention(config: dict[str, Any], source: ExportSource) -> dict[str, Any]:
+    """Sizes of linear attention and of the part of a head that is rotated; nothing for other families."""
+    interval = full_attention_interval(source.spec) if is_hybrid(source.spec) else None
+    if interval is None:
+        return {}
+    rope = config.get("rope_parameters") or config
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    found = {
+        "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+        "ssm.state_size": config["linear_key_head_dim"],
+        "ssm.group_count": config["linear_num_key_heads"],
+        "ssm.time_step_rank": config["linear_num_value_heads"],
+        "ssm.inner_size": config["linear_value_head_dim"] * config["linear_num_value_heads"],
+        "full_attention_interval": interval,
+        "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 0.25)),
+    }
+    if source.spec.family.model_type != "qwen3_next":  # rotations by time, height and width, which text has equal
+        found["rope.dimension_sections"] = [*(rope.get("mrope_section") or (11, 11, 10)), 0][:4]
+    return found
 
 
 def _scaled_rotation(rope: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +210,8 @@ def splitting_rule(pre_tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name of tokenizer.json's pre-tokenizer, "" when it is none that is known here to be the same."""
     steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     kinds = [step.get("type") for step in steps]
-    if kinds == ["Split", "ByteLevel"] and (steps[0].get("pattern") or {}).get("Regex") == _QWEN2_SPLIT:
-        return "qwen2"
+    if kinds == ["Split", "ByteLevel"]:
+        return _SPLITS.get(str((steps[0].get("pattern") or {}).get("Regex")), "")
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qwen_quant.data import bundled_path
 from qwen_quant.errors import InputError
@@ -97,8 +98,9 @@ def test_every_weight_comes_back(tmp_path: Path, family: str) -> None:
         count = ExportSource(tmp_path / "q").spec.expert_count
         assert stack.data.shape[0] == field(reader, f"{name}.expert_count") == count
         assert names["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    assert field(reader, "tokenizer.ggml.model") == "no_vocab"  # one without merges, which llama.cpp does not load
     leftover = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "tokenizer.json" not in leftover and ("LICENSE" in leftover) == (tmp_path / "q" / "LICENSE").exists()
+    assert "tokenizer.json" in leftover and ("LICENSE" in leftover) == (tmp_path / "q" / "LICENSE").exists()
 
 
 def test_the_first_generation_keeps_its_fused_attention_and_gets_its_vocabulary(tmp_path: Path) -> None:
@@ -109,6 +111,84 @@ def test_the_first_generation_keeps_its_fused_attention_and_gets_its_vocabulary(
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert field(reader, "qwen.feed_forward_length") == config["intermediate_size"]
     assert {"blk.0.attn_qkv.weight", "blk.0.attn_qkv.bias", "blk.0.ffn_up.weight"} <= {t.name for t in reader.tensors}
+    leftover = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not leftover & {"tokenizer.json", "qwen.tiktoken", "config.json"}  # the vocabulary is in the file
+
+
+def values(reader: Any, name: str) -> np.ndarray:
+    """FP32 values of a tensor, in torch's shape."""
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
+    made = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    return np.asarray(made, np.float32).reshape([int(size) for size in reversed(tensor.shape)])
+
+
+def test_linear_attention_has_the_order_of_heads_that_llama_cpp_reads(tmp_path: Path) -> None:
+    make_family_checkpoint(tmp_path / "model", "qwen3_5", linear_num_value_heads=6)
+    dense = gptq_folder(tmp_path / "model", tmp_path / "q", sym=False)
+    result, reader = exported(tmp_path / "q", tmp_path / "out", allow_inexact=True)
+    assert result.proof.exact and all("visual" in name for name in result.dropped)
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    block, keys, heads, width = "model.language_model.layers.1", 2, 6, 32
+    attention = f"{block}.linear_attn"
+    # llama.cpp's value head j belongs to key head j % keys; transformers' value head h to key head h // (heads // keys)
+    order = [j % keys * (heads // keys) + j // keys for j in range(heads)]
+    rows = [head * width + k for head in order for k in range(width)]
+    start = 2 * keys * width
+    mixed = [*range(start), *(start + row for row in rows)]
+    assert np.array_equal(values(reader, "blk.1.attn_qkv.weight"), dense[f"{attention}.in_proj_qkv"].numpy()[mixed])
+    assert np.array_equal(values(reader, "blk.1.attn_gate.weight"), dense[f"{attention}.in_proj_z"].numpy()[rows])
+    assert np.array_equal(values(reader, "blk.1.ssm_out.weight"), dense[f"{attention}.out_proj"].numpy()[:, rows])
+    convolution = stored[f"{attention}.conv1d.weight"].float().squeeze(1).numpy()
+    assert np.array_equal(values(reader, "blk.1.ssm_conv1d.weight"), convolution[mixed])
+    assert np.array_equal(
+        values(reader, "blk.1.ssm_alpha.weight"), stored[f"{attention}.in_proj_a.weight"].float().numpy()[order]
+    )
+    assert np.array_equal(values(reader, "blk.1.ssm_dt.bias"), stored[f"{attention}.dt_bias"].float().numpy()[order])
+    assert np.array_equal(values(reader, "blk.1.ssm_a"), (-stored[f"{attention}.A_log"].float().exp()).numpy()[order])
+    assert np.array_equal(values(reader, "blk.1.ssm_norm.weight"), stored[f"{attention}.norm.weight"].float().numpy())
+    assert np.array_equal(
+        values(reader, "blk.1.post_attention_norm.weight"),
+        (1 + stored[f"{block}.post_attention_layernorm.weight"].float()).numpy(),
+    )
+    assert field(reader, "qwen35.ssm.group_count") == keys and field(reader, "qwen35.ssm.inner_size") == heads * width
+    assert field(reader, "qwen35.full_attention_interval") == 4
+    assert field(reader, "qwen35.rope.dimension_sections") == [11, 11, 10, 0]
+
+
+def test_a_fused_projection_is_divided(tmp_path: Path) -> None:
+    make_family_checkpoint(tmp_path / "model", "qwen3_next")
+    dense = gptq_folder(tmp_path / "model", tmp_path / "q")
+    result, reader = exported(tmp_path / "q", tmp_path / "out", allow_inexact=True)
+    assert result.proof.exact
+    fused = dense["model.layers.0.linear_attn.in_proj_qkvz"].numpy()
+    parts: dict[str, list[np.ndarray]] = {"q": [], "k": [], "v": [], "z": []}
+    row = 0
+    for _ in range(2):  # key heads, each with 32 rows of q and of k and 2 value heads of v and of z
+        for part, count in (("q", 32), ("k", 32), ("v", 64), ("z", 64)):
+            parts[part].append(fused[row : row + count])
+            row += count
+    expected = np.concatenate([*parts["q"], *parts["k"], *parts["v"]])
+    assert row == len(fused) and np.array_equal(values(reader, "blk.0.attn_qkv.weight"), expected)
+    assert np.array_equal(values(reader, "blk.0.attn_gate.weight"), np.concatenate(parts["z"]))
+
+
+def test_a_large_file_is_split_as_llama_cpp_reads_it(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", "qwen3", tied=False)
+    gptq_folder(tmp_path / "model", tmp_path / "q")
+    _, whole = exported(tmp_path / "q", tmp_path / "whole", allow_inexact=True)
+    job = ExportJob(tmp_path / "q", tmp_path / "out", "gguf", allow_inexact=True, split_bytes=150_000)
+    assert export_artifact(job, no_progress).proof.exact
+    paths = sorted((tmp_path / "out").glob("*.gguf"))
+    count = len(paths)
+    assert count > 2 and [p.name for p in paths] == [f"model-{k + 1:05d}-of-{count:05d}.gguf" for k in range(count)]
+    readers = [gguf.GGUFReader(str(path)) for path in paths]
+    for k, reader in enumerate(readers):
+        assert field(reader, "split.no") == k and field(reader, "split.count") == count
+        assert field(reader, "split.tensors.count") == len(whole.tensors)
+        assert ("qwen3.block_count" in reader.fields) == (k == 0)  # the first file speaks for all
+        assert sum(int(tensor.n_bytes) for tensor in reader.tensors) <= 150_000 or len(reader.tensors) == 1
+    found = {tensor.name: tensor.data.tobytes() for reader in readers for tensor in reader.tensors}
+    assert found == {tensor.name: tensor.data.tobytes() for tensor in whole.tensors}
 
 
 def test_the_vocabulary_is_the_tokenizers_own(tmp_path: Path) -> None:
@@ -126,9 +206,11 @@ def test_the_vocabulary_is_the_tokenizers_own(tmp_path: Path) -> None:
 
 def test_unknown_splitting_rules_and_families_are_refused(tmp_path: Path) -> None:
     assert splitting_rule({"type": "Whitespace"}) == ""
-    make_family_checkpoint(tmp_path / "hybrid", "qwen3_next")
+    kinds = ["linear_attention", "full_attention", "full_attention", "linear_attention"]
+    make_family_checkpoint(tmp_path / "hybrid", "qwen3_5_text", layer_types=kinds)
     gptq_folder(tmp_path / "hybrid", tmp_path / "hq")
-    assert any("family qwen3_next" in reason.what for reason in module.GGUF.check(ExportSource(tmp_path / "hq")))
+    found = [reason.what for reason in module.GGUF.check(ExportSource(tmp_path / "hq"))]
+    assert found == ["the order of attention kinds", "a tokenizer without merges"]
     make_family_checkpoint(tmp_path / "mixed", "qwen2_moe")
     gptq_folder(tmp_path / "mixed", tmp_path / "mq")
     assert any(reason.what == "blocks without experts" for reason in module.GGUF.check(ExportSource(tmp_path / "mq")))
