@@ -14,6 +14,7 @@ from torch import Tensor
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, PlannedWriter, plan_shards
 from qwen_quant.errors import InputError
+from qwen_quant.export.behind import Behind, write_part, write_tensor
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Piece, Target
 from qwen_quant.export.pivot import PackedRows
 from qwen_quant.export.rows import row_pieces, stored_rows
@@ -79,31 +80,49 @@ def write_weights(
     linears, names = set(source.linears), items(source)
     done = int(target.state.get("items_done", 0))
     writer = PlannedWriter(target.folder, plan_shards_of(source, options, encoding))
+    for name in names[:done]:
+        suffixes = encoding.specs(source, name) if name in linears else {}
+        writer.mark_written([f"{name}.{suffix}" for suffix in suffixes] or [name])
+
+    def write_item(name: str, behind: Behind) -> int:
+        if name not in linears:
+            return _write_kept(source, writer, behind, name, kept_dtype(source, name, options))
+        tensors = encoding.tensors(source, name).items()
+        return sum(write_tensor(writer, behind, f"{name}.{suffix}", tensor) for suffix, tensor in tensors)
+
+    write_items(writer, target, names[done:], write_item, Steps(progress, done, len(names)))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Where a run stands: `done` items of `total` are on disk from an earlier one."""
+
+    progress: ProgressFn
+    done: int
+    total: int
+
+
+def write_items(
+    writer: PlannedWriter, target: Target, names: list[str], write_item: Callable[[str, Behind], int], steps: Steps
+) -> None:
+    """Call `write_item` (name, behind) -> bytes for each of `names`, commit about every GiB, finish the writer."""
     pending = 0
     try:
-        for name in names[:done]:
-            suffixes = encoding.specs(source, name) if name in linears else {}
-            writer.mark_written([f"{name}.{suffix}" for suffix in suffixes] or [name])
-        for k, name in enumerate(names[done:], done):
-            progress("writing", k, len(names))
-            if name in linears:
-                tensors = encoding.tensors(source, name)
-                for suffix, tensor in tensors.items():
-                    writer.write(f"{name}.{suffix}", tensor)
-                pending += sum(tensor.nbytes for tensor in tensors.values())
-                del tensors
-            else:
-                pending += _write_kept(source, writer, name, kept_dtype(source, name, options))
-            if pending >= COMMIT_BYTES:
-                writer.sync()
-                target.commit({"items_done": k + 1})
-                pending = 0
+        with Behind() as behind:
+            for k, name in enumerate(names, steps.done):
+                steps.progress("writing", k, steps.total)
+                pending += write_item(name, behind)
+                if pending >= COMMIT_BYTES:
+                    behind.drain()
+                    writer.sync()
+                    target.commit({"items_done": k + 1})
+                    pending = 0
         writer.finish()
     finally:
         writer.close()
 
 
-def _write_kept(source: ExportSource, writer: PlannedWriter, name: str, dtype: torch.dtype) -> int:
+def _write_kept(source: ExportSource, writer: PlannedWriter, behind: Behind, name: str, dtype: torch.dtype) -> int:
     """Copy a kept tensor in pieces, in `dtype`; returns its bytes. Errors: InputError when a value does not fit."""
     width, count = source.reader.info(name).dtype.itemsize, 0
     for start, part in source.reader.parts(name):
@@ -112,8 +131,7 @@ def _write_kept(source: ExportSource, writer: PlannedWriter, name: str, dtype: t
             raise InputError(
                 f"'{name}' has values that {dtype} cannot hold", "they would become infinite", "use --rest bf16 or f32"
             )
-        writer.write_bytes(name, start // width * dtype.itemsize, values)
-        count += values.nbytes
+        count += write_part(writer, behind, name, start // width * dtype.itemsize, values)
     writer.finish_parts(name)
     return count
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_quant.checkpoint.reader import raw_bytes
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.export import checks
+from qwen_quant.export.behind import Behind, write_at
 from qwen_quant.export.folder import COMMIT_BYTES
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Target, require
 from qwen_quant.export.gguf_blocks import BLOCK, encode, narrowest
@@ -226,15 +226,17 @@ def _write(source: ExportSource, options: ExportOptions, target: Target, progres
     for file, start in zip(files, starts, strict=True):
         handle = os.open(target.folder / file.name, os.O_RDWR)
         try:
-            for k, (entry, offset) in enumerate(zip(file.entries, file.offsets, strict=True), before):
-                if k < done:
-                    continue
-                progress("writing", k, total)
-                pending += _write_entry(source, entry, handle, start + offset)
-                if pending >= COMMIT_BYTES or k + 1 == before + len(file.entries):
-                    os.fdatasync(handle)
-                    target.commit({"entries_done": k + 1})
-                    pending = 0
+            with Behind() as behind:
+                for k, (entry, offset) in enumerate(zip(file.entries, file.offsets, strict=True), before):
+                    if k < done:
+                        continue
+                    progress("writing", k, total)
+                    pending += _write_entry(source, entry, _Place(handle, start + offset), behind)
+                    if pending >= COMMIT_BYTES or k + 1 == before + len(file.entries):
+                        behind.drain()
+                        os.fdatasync(handle)
+                        target.commit({"entries_done": k + 1})
+                        pending = 0
         finally:
             os.close(handle)
         before += len(file.entries)
@@ -266,8 +268,16 @@ def _remove_what_is_inside(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _write_entry(source: ExportSource, entry: Entry, handle: int, offset: int) -> int:
-    """Write the data of one tensor at `offset`; returns its bytes."""
+@dataclass(frozen=True)
+class _Place:
+    """An open file and an offset in it."""
+
+    handle: int
+    offset: int
+
+
+def _write_entry(source: ExportSource, entry: Entry, place: _Place, behind: Behind) -> int:
+    """Write the data of one tensor to its place; returns its bytes."""
     linears, written = set(source.linears), 0
     for name in entry.sources:
         if name in linears:
@@ -276,11 +286,7 @@ def _write_entry(source: ExportSource, entry: Entry, handle: int, offset: int) -
         else:
             parts = _kept_parts(source, name, entry)
         for part in parts:
-            data = raw_bytes(part)
-            sent = 0
-            while sent < len(data):
-                sent += os.pwrite(handle, data[sent:], offset + written + sent)
-            written += len(data)
+            written += write_at(place.handle, behind, place.offset + written, part)
     if written != entry.nbytes:
         raise AuditError(f"'{entry.name}' has {written} bytes", f"planned {entry.nbytes}")
     return written

@@ -30,7 +30,8 @@ from torch import Tensor
 from qwen_quant.checkpoint.halves import SubBlock
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, PlannedWriter, plan_shards
 from qwen_quant.export import checks
-from qwen_quant.export.folder import COMMIT_BYTES, REST_DTYPES, _write_kept, items, kept_dtype
+from qwen_quant.export.behind import Behind, write_part, write_tensor
+from qwen_quant.export.folder import REST_DTYPES, Steps, _write_kept, items, kept_dtype, write_items
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
 from qwen_quant.export.hybrid import adds_one, full_attention_interval, is_hybrid, is_vision, one_plus
 from qwen_quant.progress import ProgressFn
@@ -174,44 +175,30 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
 def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
     """Write every linear and kept tensor; continues after the item that `target.state` counts last."""
     linears, names = set(source.linears), _written(source)
-    done, pending = int(target.state.get("items_done", 0)), 0
-    writer = PlannedWriter(target.folder, _shards(source, options))
-    try:
-        for k, name in enumerate(names):
-            progress("writing", k, len(names))
-            if name not in linears:
-                if k < done:
-                    writer.mark_written([name])
-                    continue
-                pending += _write_plain(source, writer, name, options)
-            else:
-                pending += _write_linear(source, writer, name, known=k < done)
-            if pending >= COMMIT_BYTES:
-                writer.sync()
-                target.commit({"items_done": k + 1})
-                pending = 0
-        writer.finish()
-    finally:
-        writer.close()
+    done, writer = int(target.state.get("items_done", 0)), PlannedWriter(target.folder, _shards(source, options))
+    for name in names[:done]:
+        place = _place(source, name)
+        if name not in linears:
+            writer.mark_written([name])
+        elif place.index + 1 >= place.stack:
+            writer.mark_written([f"{place.module}.{suffix}" for suffix in SUFFIXES])
+
+    def write_item(name: str, behind: Behind) -> int:
+        if name in linears:
+            return _write_linear(source, writer, behind, name)
+        if adds_one(source.spec, name):
+            return write_tensor(writer, behind, name, one_plus(source.reader.read(name)))
+        return _write_kept(source, writer, behind, name, kept_dtype(source, name, options))
+
+    write_items(writer, target, names[done:], write_item, Steps(progress, done, len(names)))
     _write_config(source, target.folder, options)
 
 
-def _write_plain(source: ExportSource, writer: PlannedWriter, name: str, options: ExportOptions) -> int:
-    """Write one kept tensor; returns its bytes."""
-    if not adds_one(source.spec, name):
-        return _write_kept(source, writer, name, kept_dtype(source, name, options))
-    values = one_plus(source.reader.read(name))
-    writer.write(name, values)
-    return values.nbytes
-
-
-def _write_linear(source: ExportSource, writer: PlannedWriter, name: str, *, known: bool) -> int:
-    """Write one linear to its place (unless an earlier run did); returns its bytes."""
+def _write_linear(source: ExportSource, writer: PlannedWriter, behind: Behind, name: str) -> int:
+    """Write one linear to its place; returns its bytes."""
     place, count = _place(source, name), 0
-    tensors = {} if known else tensors_of(source, name)
-    for suffix, tensor in tensors.items():
-        writer.write_bytes(f"{place.module}.{suffix}", place.index * tensor.nbytes, tensor)
-        count += tensor.nbytes
+    for suffix, tensor in tensors_of(source, name).items():
+        count += write_part(writer, behind, f"{place.module}.{suffix}", place.index * tensor.nbytes, tensor)
     if place.index + 1 >= place.stack:
         for suffix in SUFFIXES:
             writer.finish_parts(f"{place.module}.{suffix}")
@@ -260,11 +247,13 @@ def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
     with core.stream(core.cpu):
         for name in source.linears:
             place = _place(source, name)
-            parts = [arrays[f"{place.module}.{suffix}"] for suffix in SUFFIXES]
+            last = place.index + 1 >= place.stack  # what has been read stays in memory as long as it is held
+            names = [f"{place.module}.{suffix}" for suffix in SUFFIXES]
+            parts = [arrays.pop(part) if last else arrays[part] for part in names]
             parts = [part[place.index] for part in parts] if place.stack else parts
             yield Piece(name, _as_torch(core.dequantize(*parts, group_size=facts.group_size, bits=facts.bits)))
         for name in (name for name in source.kept if not _is_left_out(source, name)):
-            values = _as_torch(arrays[name]).view(source.reader.info(name).shape)
+            values = _as_torch(arrays.pop(name)).view(source.reader.info(name).shape)
             yield Piece(name, values, meaning=one_plus if adds_one(source.spec, name) else None)
 
 
