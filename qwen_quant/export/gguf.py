@@ -312,7 +312,7 @@ def _kept_parts(source: ExportSource, name: str, entry: Entry) -> Iterator[Tenso
             yield torch.from_numpy(made)
             continue
         values = rows.to(PLAIN[entry.kind])
-        if bool((values.isinf() & ~rows.isinf()).any()):
+        if values.dtype != rows.dtype and bool((values.isinf() & ~rows.isinf()).any()):
             raise InputError(f"'{name}' has values that {entry.kind} cannot hold", next_step="use --rest bf16 or f32")
         yield values.reshape(-1).contiguous()
 

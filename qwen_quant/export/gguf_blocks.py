@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen_quant.export.pivot import row_slices
 from qwen_quant.gptq import QuantizedWeight
 
 BLOCK = 32
@@ -50,16 +51,29 @@ def encode(weight: QuantizedWeight, kind: BlockType) -> Tensor:
     """uint8 [out, in / 32 * block_bytes] of a weight whose blocks of 32 columns each lie in one group."""
     rows, width = weight.codes.shape
     groups = weight.g_idx.view(-1, BLOCK)[:, 0].long()
-    scales = weight.scales.half()[:, groups].contiguous().view(torch.uint8).view(rows, -1, 2)
-    zeros = weight.zeros[:, groups].to(torch.int16).unsqueeze(2)
-    values = weight.codes.view(rows, -1, BLOCK).to(torch.int16).sub_(zeros)
+    found = torch.empty(rows, width // BLOCK * kind.block_bytes, dtype=torch.uint8)
+    for part in row_slices(rows, width):
+        found[part] = _encode_rows(
+            weight.codes[part], weight.scales[part][:, groups], weight.zeros[part][:, groups], kind
+        )
+    return found
+
+
+def _encode_rows(codes: Tensor, scales: Tensor, zeros: Tensor, kind: BlockType) -> Tensor:
+    """uint8 [rows, in / 32 * block_bytes] of codes [rows, in] with scale and zero of each block [rows, in / 32].
+
+    Sums are taken modulo 256, which leaves the bits of a negative int8 too.
+    """
+    rows = codes.shape[0]
+    scales = scales.half().contiguous().view(torch.uint8).view(rows, -1, 2)
+    start = 0 if kind.name == "Q8_0" else -kind.low
+    values = codes.view(rows, -1, BLOCK) + (start - zeros.to(torch.int16)).to(torch.uint8).unsqueeze(2)
     if kind.name == "Q8_0":
-        parts = [scales, values.to(torch.int8).view(torch.uint8)]
+        parts = [scales, values]
     else:
-        codes = values.sub_(kind.low).to(torch.uint8)
-        low, high = codes[:, :, : BLOCK // 2], codes[:, :, BLOCK // 2 :]
-        nibbles = (low & 15) | (high & 15) << 4
-        parts = [scales, nibbles] if kind.name == "Q4_0" else [scales, _fifth_bits(codes), nibbles]
+        low, high = values[:, :, : BLOCK // 2], values[:, :, BLOCK // 2 :]
+        nibbles = (low & 15) | high << 4
+        parts = [scales, nibbles] if kind.name == "Q4_0" else [scales, _fifth_bits(values), nibbles]
     return torch.cat(parts, 2).view(rows, -1)
 
 

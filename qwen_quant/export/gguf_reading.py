@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen_quant.errors import AuditError
 from qwen_quant.export.formats import ExportOptions, Piece, require
 from qwen_quant.export.gguf_layout import PLAIN, Entry, entries_of
+from qwen_quant.export.pivot import row_slices
 from qwen_quant.export.rows import row_pieces
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class _Written:
     def values(self, name: str, index: int | None, rows: slice = slice(None)) -> tuple[Tensor, str]:
         """(FP32 rows of a matrix or of one of a stack, flat values of a vector; type)."""
         tensor = self.tensors[name]
-        data = (tensor.data if index is None else tensor.data[index])[rows]
-        found = np.array(self.quants.dequantize(data, tensor.tensor_type), dtype=np.float32)
+        data = np.array((tensor.data if index is None else tensor.data[index])[rows])
+        found = np.asarray(self.quants.dequantize(data, tensor.tensor_type), dtype=np.float32)
         self._read += data.nbytes
         if self._read > _RELEASED_BYTES:
             for reader in self.readers:
@@ -53,8 +54,11 @@ def read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
         group = list(entries)
         for k, name in enumerate(sources):
             stack = k if len(group[0].shape) == 3 else None
-            if name in source.linears:
+            if name in source.linears and group[0].move.rows is not None:
                 yield Piece(name, _collected(written, group, source.shape(name), stack))
+            elif name in source.linears:
+                for rows in row_slices(*source.shape(name)):
+                    yield Piece(name, _in_place(written, group[0], stack, rows), rows.start)
             elif group[0].move.changes:
                 yield _changed_piece(written, source, name, group)
             else:
@@ -63,16 +67,18 @@ def read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
 
 def _collected(written: _Written, group: list[Entry], shape: tuple[int, ...], stack: int | None) -> Tensor:
     """FP32 values of one tensor of the source, every row and column back in its place."""
+    if group[0].move.rows is None:
+        return _in_place(written, group[0], stack).view(shape)
     found = torch.full(shape, float("nan"))
     for entry in group:
-        values, _ = written.values(entry.name, stack)
-        values = values.view(-1, *shape[1:])
-        if entry.move.columns is not None:
-            values = values[:, entry.move.columns.argsort()]
-        if entry.move.rows is None:
-            return values
-        found[entry.move.rows] = values
+        found[entry.move.rows] = _in_place(written, entry, stack).view(-1, *shape[1:])
     return found
+
+
+def _in_place(written: _Written, entry: Entry, stack: int | None, rows: slice = slice(None)) -> Tensor:
+    """FP32 rows of an entry, with their columns back in place."""
+    values, _ = written.values(entry.name, stack, rows)
+    return values if entry.move.columns is None else values[:, entry.move.columns.argsort()]
 
 
 def _changed_piece(written: _Written, source: ExportSource, name: str, group: list[Entry]) -> Piece:
