@@ -37,7 +37,7 @@ from qwen_quant.recipe import GPTQConfig  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 SHARD_BYTES = 1_000_000_000
-FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
+FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "gguf")
 RUN = """
 import json, sys
 from pathlib import Path

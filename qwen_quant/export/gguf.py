@@ -27,7 +27,7 @@ from qwen_quant.export import checks
 from qwen_quant.export.behind import Behind, write_at
 from qwen_quant.export.folder import COMMIT_BYTES
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Target, require
-from qwen_quant.export.gguf_blocks import BLOCK, encode, narrowest
+from qwen_quant.export.gguf_blocks import BLOCK, encode, encode_q4_0, narrowest
 from qwen_quant.export.gguf_layout import (
     ALIGNMENT,
     PLAIN,
@@ -281,8 +281,7 @@ def _write_entry(source: ExportSource, entry: Entry, place: _Place, behind: Behi
     linears, written = set(source.linears), 0
     for name in entry.sources:
         if name in linears:
-            weight = _moved(source.quantized(name), entry.move)
-            parts: Iterator[Tensor] = iter([encode(weight, block_type(source))])
+            parts: Iterator[Tensor] = iter([_encoded(source, name, entry.move)])
         else:
             parts = _kept_parts(source, name, entry)
         for part in parts:
@@ -290,6 +289,13 @@ def _write_entry(source: ExportSource, entry: Entry, place: _Place, behind: Behi
     if written != entry.nbytes:
         raise AuditError(f"'{entry.name}' has {written} bytes", f"planned {entry.nbytes}")
     return written
+
+
+def _encoded(source: ExportSource, name: str, move: Move) -> Tensor:
+    """Blocks of one linear."""
+    if source.facts.bits == 4 and source.facts.sym and not move.changes:
+        return encode_q4_0(source.packed(name))
+    return encode(_moved(source.quantized(name), move), block_type(source))
 
 
 def _moved(weight: QuantizedWeight, move: Move) -> QuantizedWeight:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_quant.export.pivot import row_slices
+from qwen_quant.export.pivot import PackedRows, row_slices
 from qwen_quant.gptq import QuantizedWeight
 
 BLOCK = 32
@@ -57,6 +57,20 @@ def encode(weight: QuantizedWeight, kind: BlockType) -> Tensor:
             weight.codes[part], weight.scales[part][:, groups], weight.zeros[part][:, groups], kind
         )
     return found
+
+
+def encode_q4_0(packed: PackedRows) -> Tensor:
+    """`encode` as Q4_0 of symmetric 4-bit codes that are still packed: nibbles change places, no code changes."""
+    (rows, width), blocks = packed.shape, packed.grid.g_idx.view(-1, BLOCK)[:, 0].long()
+    found = torch.empty(rows, width // BLOCK, 2 + BLOCK // 2, dtype=torch.uint8)
+    for part in row_slices(rows, width):
+        halves = packed.stream[part].view(-1, width // BLOCK, 2, BLOCK // 4)
+        first, second = halves[:, :, 0], halves[:, :, 1]  # weights 0-15 and 16-31 of each block, two a byte
+        nibbles = torch.stack([(first & 15) | second << 4, first >> 4 | (second & 240)], 3)
+        scales = packed.grid.scales[part][:, blocks].half().contiguous().view(torch.uint8)
+        found[part, :, :2] = scales.view(-1, width // BLOCK, 2)
+        found[part, :, 2:] = nibbles.flatten(2)
+    return found.view(rows, -1)
 
 
 def _encode_rows(codes: Tensor, scales: Tensor, zeros: Tensor, kind: BlockType) -> Tensor:

@@ -16,8 +16,9 @@ from qwen_quant.data import bundled_path
 from qwen_quant.errors import InputError
 from qwen_quant.export import gguf as module
 from qwen_quant.export.export import ExportJob, ExportResult, export_artifact
-from qwen_quant.export.gguf_blocks import BLOCK, encode, narrowest
+from qwen_quant.export.gguf_blocks import BLOCK, encode, encode_q4_0, narrowest
 from qwen_quant.export.gguf_metadata import architecture_facts, read_vocabulary, splitting_rule
+from qwen_quant.export.pivot import LinearGrid, PackedRows, pack_codes
 from qwen_quant.export.source import ExportSource
 from qwen_quant.progress import no_progress
 from qwen_quant.tokenizer import load_tokenizer
@@ -61,6 +62,13 @@ def test_blocks_mean_the_weights(bits: int, sym: bool, kind: str) -> None:
     data = encode(weight, block).numpy()
     assert np.array_equal(values_of(data, kind), weight.dequantized().numpy())
     assert np.array_equal(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]), weight.dequantized().numpy())
+
+
+def test_packed_codes_become_the_same_blocks() -> None:
+    weight, block = quantized(torch.randn(7, 6 * BLOCK), 4, sym=True), narrowest(4, sym=True)
+    grid = LinearGrid(weight.scales, weight.zeros, weight.g_idx)
+    assert block is not None
+    assert torch.equal(encode_q4_0(PackedRows(pack_codes(weight.codes, 4), 4, grid)), encode(weight, block))
 
 
 def test_no_type_holds_nine_bits() -> None:
