@@ -16,8 +16,8 @@ Exit status: 1 when a row failed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -27,10 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import interop.reference
 import numpy as np
 from interop.artifacts import TINY, make_tiny
-from interop.environments import consumer_python
-from interop.reference import NEW_TOKENS, Reference, make_reference
+from interop.limits import why_not
+from interop.reference import NEW_TOKENS, NOISE, Reference, make_reference
+from interop.running import Job, Runs
 from interop.table import Row, render, row_key
 
 from qwen_quant.errors import QwenQuantError
@@ -38,10 +40,11 @@ from qwen_quant.export.export import ExportJob, export_artifact
 from qwen_quant.export.formats import LOCATIONS
 from qwen_quant.progress import no_progress
 
-PROGRAMS = Path(__file__).parent / "interop" / "consumers"
 DENSE_GGUF = Path(__file__).parent / "interop" / "dense_gguf.py"
 LOGIT_LIMIT = 1e-3  # FP32 sums in another order, over 30 blocks and logits of 30
-ROUNDING_FACTOR = 2.0  # a rounding consumer may differ by this many times what its rounding does in our runtime
+FLOOR_FACTOR = 2.0  # its difference may be this many times what it does to the same weights in FP32
+NOISE_FACTOR = 3.0  # a consumer may differ from the same rounding in our runtime by this many times its noise
+EXPORTERS = Path(__file__).parents[1] / "qwen_quant" / "export"
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,15 @@ CONSUMERS = (
     Consumer("mlx-lm", "run_mlx_lm.py", "mlx-lm", ("mlx", "awq"), "f32"),
     Consumer("llama.cpp", "run_llama_cpp.py", "llama-cpp", ("gguf",), "gguf-f32", ("gguf-q8_0",), "int8_activations"),
     Consumer(
-        "transformers + compressed-tensors", "run_transformers.py", "transformers", ("compressed-tensors",), "f32"
+        "transformers + compressed-tensors",
+        "run_transformers.py",
+        "transformers",
+        ("compressed-tensors",),
+        "f32",
+        arithmetic="fp16_experts",
     ),
-    Consumer(
-        "GPTQModel", "run_gptqmodel.py", "gptqmodel", ("gptq", "gptq_v2", "awq"), arithmetic="fp16_weights", limit=2e-2
-    ),
+    Consumer("GPTQModel", "run_gptqmodel.py", "gptqmodel", ("gptq", "gptq_v2"), arithmetic="fp16_weights", limit=2e-2),
+    Consumer("GPTQModel", "run_gptqmodel.py", "gptqmodel", ("awq",), arithmetic="fp16_linears", limit=2e-2),
     Consumer("transformers + gptqmodel", "run_transformers_gptq.py", "gptqmodel", ("gptq",), "f32", (), "fp16_weights"),
     Consumer("AutoGPTQ", "run_auto_gptq.py", "auto-gptq", ("gptq",)),
     Consumer("OpenVINO GenAI", "run_openvino.py", "openvino", ("openvino",)),
@@ -81,14 +88,22 @@ class Bench:
     """Folders of one run, and what was made in it."""
 
     work: Path
-    venvs: Path
+    runs: Runs
     references: dict[str, Reference] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     floors: dict[tuple[str, str, str], float | None] = field(default_factory=dict)
+
+    def digest(self, name: str, artifact: Path) -> str:
+        """12 hexadecimal digits over every byte of the artifact, so that nothing made from an older one is compared."""
+        if name not in self.digests:
+            self.digests[name] = _digest(sorted(artifact.iterdir()))
+        return self.digests[name]
 
     def reference(self, name: str, artifact: Path) -> Reference:
         """The reference of an artifact, computed once and kept on disk."""
         if name not in self.references:
-            path = self.work / "references" / f"{name}.pickle"
+            code = _digest([Path(interop.reference.__file__)])
+            path = self.work / "references" / f"{name}-{self.digest(name, artifact)}-{code}.pickle"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(pickle.dumps(make_reference(artifact)))
@@ -96,42 +111,29 @@ class Bench:
         return self.references[name]
 
     def export(self, name: str, artifact: Path, format_name: str) -> Path:
-        """The exported folder (or a dense GGUF made out of one), made once."""
+        """The exported folder (or a dense GGUF made out of one), made again only for other bytes or other code."""
         out = self.work / "exports" / name / format_name
-        if out.exists():
+        stamp = out.with_name(f"{format_name}.stamp")
+        made_from = f"{self.digest(name, artifact)} {_digest(sorted(EXPORTERS.glob('*.py')))}"
+        if out.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == made_from:
             return out
+        shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         if format_name.startswith("gguf-"):
             source, kind = self.export(name, artifact, "gguf"), format_name.removeprefix("gguf-")
             subprocess.run([sys.executable, str(DENSE_GGUF), str(source), str(out), kind], check=True)
-            return out
-        export_artifact(ExportJob(artifact, out, format_name), no_progress)
+        else:
+            export_artifact(ExportJob(artifact, out, format_name), no_progress)
+        stamp.write_text(made_from, encoding="utf-8")
         return out
 
 
-def run_consumer(bench: Bench, consumer: Consumer, folder: Path, reference: Reference) -> dict[str, Any]:
-    """Run the program on `folder`; returns its answer with `logits` and `greedy`. RuntimeError with its last words."""
-    python = consumer_python(consumer.venv, bench.venvs)
-    answers = bench.work / "answers"
-    answers.mkdir(parents=True, exist_ok=True)
-    request, out = answers / f"request-{os.getpid()}.json", answers / f"answer-{os.getpid()}.npz"
-    for file in (out, out.with_suffix(".json")):
-        file.unlink(missing_ok=True)
-    asked = {"ids": reference.ids, "new_tokens": NEW_TOKENS, "texts": reference.texts}
-    request.write_text(json.dumps(asked), encoding="utf-8")
-    command = [str(python.absolute()), str(PROGRAMS / consumer.program), str(folder), str(request), str(out)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode != 0:
-        (answers / f"failed-{consumer.venv}-{folder.parent.name}-{folder.name}.log").write_text(
-            done.stderr, encoding="utf-8"
-        )
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no words"]
-        said = [line for line in lines if "error loading" in line][:1]  # llama.cpp's reason stands before Python's
-        raise RuntimeError(f"exit status {done.returncode}: {' / '.join([*said, lines[-1][:300]])}")
-    answer: dict[str, Any] = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-    arrays = np.load(out)
-    return {**answer, "logits": arrays["logits"], "greedy": arrays["greedy"].tolist()}
+def _digest(files: list[Path]) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            found.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()[:12]
 
 
 def largest(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
@@ -149,14 +151,17 @@ def log_probabilities(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def compare(consumer: Consumer, answer: dict[str, Any], reference: Reference) -> dict[str, Any]:
     """The figures of one run."""
-    exact, own = reference.logits["fp32"], reference.logits[consumer.arithmetic]
+    names = ("fp32", consumer.arithmetic, consumer.arithmetic + (NOISE if consumer.arithmetic != "fp32" else ""))
+    exact, own, noisy = (reference.logits[name] for name in names)
     if answer["facts"].get("log_probabilities"):
-        exact, own = log_probabilities(exact), log_probabilities(own)
+        exact, own, noisy = map(log_probabilities, (exact, own, noisy))
     equal = sum(a == b for a, b in zip(answer["greedy"], reference.greedy, strict=True))
     return {
         "max_difference": largest(answer["logits"], exact),
         "rounding_effect": largest(own, exact),
+        "rounding_noise": largest(noisy, own),
         "max_difference_same_rounding": largest(answer["logits"], own),
+        "first_position_same_rounding": largest(answer["logits"][:1], own[:1]),
         "largest_logit": float(np.abs(exact).max()),
         "greedy_equal": equal,
         **_texts(answer["tokens"], reference),
@@ -180,52 +185,78 @@ def _texts(tokens: list[list[int]] | None, reference: Reference) -> dict[str, in
 
 
 def verdict(consumer: Consumer, figures: dict[str, Any]) -> str:
-    """ "equal", "equal up to its rounding" or "DIFFERENT", by the limits above."""
+    """ "equal", "equal up to its own noise", "equal up to its rounding" or "DIFFERENT", by the limits above."""
     if figures["nfc_texts_different"]:
         return "DIFFERENT"
     if figures["max_difference"] <= consumer.limit and figures["greedy_equal"] == NEW_TOKENS:
         return "equal"
-    if consumer.arithmetic == "fp32":
-        return "DIFFERENT"
-    same, effect = figures["max_difference_same_rounding"], figures["rounding_effect"]
-    explained = same <= consumer.limit or figures["max_difference"] <= ROUNDING_FACTOR * effect
-    return "equal up to its rounding" if explained else "DIFFERENT"
+    first, noise = figures["first_position_same_rounding"], figures["rounding_noise"]
+    allowed = max(consumer.limit, NOISE_FACTOR * noise)
+    explained = first <= consumer.limit and figures["max_difference_same_rounding"] <= allowed
+    if consumer.arithmetic != "fp32" and explained:
+        return "equal up to its rounding"
+    quiet = figures["max_difference"] <= FLOOR_FACTOR * (figures["floor"] or 0.0)
+    return "equal up to its own noise" if quiet else "DIFFERENT"
 
 
 def examine(bench: Bench, consumer: Consumer, case: tuple[str, Path], format_name: str) -> Row:
     """One row of the table."""
     name, artifact = case
     start = {"consumer": consumer.name, "artifact": name, "format": format_name, "arithmetic": consumer.arithmetic}
+    start["artifact_sha256"] = bench.digest(name, artifact)
     try:
         folder = bench.export(name, artifact, format_name)
     except QwenQuantError as error:
         return {**start, "verdict": "not exported", "note": " ".join(str(error).split())}
     reference = bench.reference(name, artifact)
     try:
-        figures = compare(consumer, run_consumer(bench, consumer, folder, reference), reference)
+        answer = bench.runs.answer(consumer.venv, consumer.program, (folder, reference))
     except RuntimeError as error:
-        return {**start, "verdict": "cannot load", "note": str(error)}
-    row = {**start, **figures, "verdict": verdict(consumer, figures)}
+        known = why_not(consumer.name, name, format_name, str(error))
+        return {**start, "verdict": "cannot load" if known is None else "its limit", "note": known or str(error)}
+    row = {**start, **compare(consumer, answer, reference)}
     for key, dense in (("floor", consumer.dense), *((kind, kind) for kind in consumer.also)):
-        known = (consumer.name, name, dense)
-        if known not in bench.floors:  # the same for every format of a consumer
-            bench.floors[known] = _on_dense(bench, consumer, case, dense) if dense else None
-        row[key] = bench.floors[known]
-    return row
+        known_floor = (consumer.name, name, dense)
+        if known_floor not in bench.floors:  # the same for every format of a consumer
+            bench.floors[known_floor] = _on_dense(bench, consumer, case, dense) if dense else None
+        row[key] = bench.floors[known_floor]
+    found = verdict(consumer, row)
+    known = why_not(consumer.name, name, format_name, "") if found == "DIFFERENT" else None
+    return {**row, "verdict": found} if known is None else {**row, "verdict": "differs by its limit", "note": known}
+
+
+def dense_program(consumer: Consumer) -> str:
+    """A dense GGUF or folder goes through the same program as a quantized one, but not through a GPTQ loader."""
+    return "run_transformers.py" if consumer.program == "run_transformers_gptq.py" else consumer.program
 
 
 def _on_dense(bench: Bench, consumer: Consumer, case: tuple[str, Path], dense: str) -> float | None:
     """max |logit difference| of the same consumer on the same weights in another type; None where it cannot load it."""
     reference = bench.reference(*case)
     try:
-        # a dense GGUF goes through the same program as a quantized one, a dense folder too, but not to a GPTQ loader
-        program = "run_transformers.py" if consumer.program == "run_transformers_gptq.py" else consumer.program
-        own = Consumer(consumer.name, program, consumer.venv, ())
-        answer = run_consumer(bench, own, bench.export(*case, dense), reference)
+        job = (bench.export(*case, dense), reference)
+        answer = bench.runs.answer(consumer.venv, dense_program(consumer), job)
     except (RuntimeError, QwenQuantError, subprocess.CalledProcessError) as error:
         print(f"  {consumer.name} on {dense}: {error}", file=sys.stderr)
         return None
-    return float(compare(own, answer, reference)["max_difference"])
+    return float(compare(Consumer(consumer.name, "", "", ()), answer, reference)["max_difference"])
+
+
+def run_together(bench: Bench, consumer: Consumer, pairs: list[tuple[tuple[str, Path], str]]) -> None:
+    """Let the consumer read every folder that its rows will need, in as few processes as it allows."""
+    wanted: dict[str, list[Job]] = {consumer.program: [], dense_program(consumer): []}
+    for case, format_name in pairs:
+        kinds = [(format_name, consumer.program)]
+        kinds += [(kind, dense_program(consumer)) for kind in (consumer.dense, *consumer.also) if kind]
+        for kind, program in kinds:
+            try:
+                job = (bench.export(*case, kind), bench.reference(*case))
+            except (QwenQuantError, subprocess.CalledProcessError):
+                break  # `examine` says why
+            if job[0] not in [folder for folder, _ in wanted[program]]:
+                wanted[program].append(job)
+    for program, jobs in wanted.items():
+        bench.runs.run_all(consumer.venv, program, jobs)
 
 
 def cases(args: argparse.Namespace) -> list[tuple[str, Path]]:
@@ -258,25 +289,29 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run every pair of artifact and consumer, and keep what was found."""
     args = parse_arguments()
-    bench = Bench(args.work, args.venvs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.work, Runs(args.work / "answers", args.venvs))
     table = args.out / "interop.json"
     rows: dict[str, Row] = {}
     if table.exists():
         rows = {row_key(row): row for row in json.loads(table.read_text(encoding="utf-8"))["rows"]}
-    failed = False
-    for case in cases(args):
-        for consumer in CONSUMERS:
-            if args.consumer.lower() not in consumer.name.lower():
-                continue
-            for format_name in consumer.formats:
-                if format_name not in LOCATIONS or args.format not in ("", format_name):
-                    continue
-                row = examine(bench, consumer, case, format_name)
-                rows[row_key(row)] = row
-                failed |= row["verdict"] in ("DIFFERENT", "cannot load")
-                _save(table, rows)
-                print(f"{row_key(row)}: {row['verdict']} {row.get('max_difference', row.get('note', ''))}", flush=True)
-        shutil.rmtree(bench.work / "exports" / case[0] / "gguf-f32", ignore_errors=True)  # the largest by far
+    failed, chosen = False, cases(args)
+    for consumer in CONSUMERS:
+        if args.consumer.lower() not in consumer.name.lower():
+            continue
+        formats = [name for name in consumer.formats if name in LOCATIONS and args.format in ("", name)]
+        pairs = [(case, name) for case in chosen for name in formats]
+        run_together(bench, consumer, pairs)
+        for case, format_name in pairs:
+            row = examine(bench, consumer, case, format_name)
+            rows[row_key(row)] = row
+            failed |= row["verdict"] in ("DIFFERENT", "cannot load")
+            said = row.get("max_difference", row.get("note", ""))
+            print(f"{row_key(row)}: {row['verdict']} {said}", flush=True)
+        _save(table, rows)
+        bench.runs.known.clear()
+    for name, _ in chosen:
+        shutil.rmtree(bench.work / "exports" / name / "gguf-f32", ignore_errors=True)  # the largest by far
     raise SystemExit(1 if failed else 0)
 
 

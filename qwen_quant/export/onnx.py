@@ -184,12 +184,15 @@ def genai_config(source: ExportSource, decoder: Decoder) -> dict[str, Any]:
     end = tokens.get("eos_token_id")
     first = end[0] if isinstance(end, list) else end
     begin, pad = tokens.get("bos_token_id"), tokens.get("pad_token_id")
+    special = {
+        "bos_token_id": first if begin is None else begin,
+        "eos_token_id": end,
+        "pad_token_id": first if pad is None else pad,
+    }
     return {
         "model": {
             "type": source.spec.config["model_type"],
-            "bos_token_id": first if begin is None else begin,
-            "eos_token_id": end,
-            "pad_token_id": first if pad is None else pad,
+            **{key: value for key, value in special.items() if value is not None},  # it refuses null, not absence
             "context_length": _positions(decoder),
             "vocab_size": decoder.vocabulary,
             "decoder": {

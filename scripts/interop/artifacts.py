@@ -16,7 +16,7 @@ from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
 from qwen_quant.sequential import quantize_checkpoint
 from tests.support.artifacts import change_config
 from tests.support.checkpoints import SIZES, SPECIALS, edit_tensors, make_checkpoint, text_file
-from tests.support.moe import make_family_checkpoint
+from tests.support.moe import SPARSE_FAMILIES, make_family_checkpoint
 from tests.support.qwen1 import copy_checkpoint
 from tests.support.qwen1_vocabulary import write_qwen1_tokenizer
 
@@ -31,8 +31,14 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-qwen1": ("qwen", {}),
     "tiny-qwen2_moe": ("qwen2_moe", {}),
     "tiny-qwen3_moe": ("qwen3_moe", {}),
+    "tiny-qwen3_next": ("qwen3_next", {}),
     "tiny-qwen3_5": ("qwen3_5_text", {}),
+    "tiny-qwen3_5_moe": ("qwen3_5_moe_text", {}),
+    "tiny-qwen3_5-vision": ("qwen3_5", {}),
+    "tiny-qwen4_exp": ("qwen4_exp_text", {}),
 }
+# Experts in every block, as llama.cpp, GPTQModel and the published checkpoints have them.
+_EVERY_BLOCK = {"mlp_only_layers": [], "decoder_sparse_step": 1, "shared_expert_intermediate_size": 128}
 
 
 def make_tiny(name: str, work: Path) -> Path:
@@ -58,10 +64,8 @@ def _make_source(folder: Path, family: str) -> None:
     elif family in ("qwen2", "qwen3"):
         make_checkpoint(folder, family, intermediate_size=256)
     else:
-        changes: dict[str, Any] = {"intermediate_size": 256}
-        if family == "qwen2_moe":  # llama.cpp expects experts in every block
-            changes = {"mlp_only_layers": [], "shared_expert_intermediate_size": 128}
-        make_family_checkpoint(folder, family, **changes)
+        sparse = family in SPARSE_FAMILIES
+        make_family_checkpoint(folder, family, **(_EVERY_BLOCK if sparse else {"intermediate_size": 256}))
     if family != "qwen":
         _with_merges(folder)
 

@@ -1,7 +1,8 @@
 """One virtual environment per consumer, under .venv-interop/NAME, with the versions of scripts/interop/NAME.txt.
 
 An environment that exists (or a symbolic link to one) is used as it is. In NAME.txt a line `# --no-deps` makes pip take
-the lines after it without their dependencies; a line `# --env NAME=VALUE` sets a variable of the build.
+the lines after it without their dependencies; a line `# --env NAME=VALUE` sets a variable of the build; a line
+`# --without NAMES` removes packages again that came as dependencies and do not fit this torch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent
-NO_DEPS, ENV = "# --no-deps", "# --env "
+NO_DEPS, ENV, WITHOUT = "# --no-deps", "# --env ", "# --without "
 
 
 def consumer_python(name: str, venvs: Path) -> Path:
@@ -39,6 +40,10 @@ def _make(name: str, folder: Path, python: Path) -> None:
         wanted = [line for line in part if line.strip() and not line.startswith("#")]
         if wanted:
             _install(python, wanted, options, settings)
+    removed = [name for line in lines if line.startswith(WITHOUT) for name in line.removeprefix(WITHOUT).split()]
+    if removed:
+        command = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *removed]
+        subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def _install(python: Path, wanted: list[str], options: list[str], settings: dict[str, str]) -> None:

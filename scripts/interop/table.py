@@ -14,13 +14,23 @@ reference is our own runtime on the artifact, dequantized, in FP32.
 
 - **difference**: the largest absolute difference of a logit over all 20 positions and the whole vocabulary.
 - **floor**: the same consumer on the same weights stored as FP32: its own noise. A dash: it has no such path.
-- **rounding**: what the consumer's documented rounding alone does to the logits in our runtime (GPTQModel rounds
-  scale * (code - zero) to FP16; llama.cpp rounds the inputs of quantized linears to int8 blocks). A dash: it has none.
-- **same rounding**: the largest difference from our runtime with that same rounding.
+- **rounding**: what the consumer's documented rounding alone does to the logits in our runtime. GPTQModel rounds
+  scale * (code - zero) to FP16, and for awq the inputs and outputs of quantized linears too; transformers with
+  compressed-tensors does that with routed experts; llama.cpp rounds the inputs of quantized linears to int8 blocks and
+  those of BF16 linears to BF16. A dash: it has none.
+- **same rounding**: the largest difference from our runtime with that same rounding. **its noise**: how far our
+  runtime with that rounding moves when the embeddings move by 1e-6 of their size: rounding makes a model
+  discontinuous, and two programs that sum in another order part by about as much. **first position**: the same
+  rounding where attention sees one token only, before the programs part.
 - **tokens**: how many of ten greedily generated tokens are those of the reference; they must all be where the consumer
   computes in FP32.
 - **texts**: on how many of the tokenizer's 300 golden strings the consumer's tokenizer, read from the file, agrees with
   ours. Five of them are not in Unicode NFC, and GGUF has no place for a normalizer: those differ.
+- **verdict**: "equal" is within 0.001 (GPTQModel: 0.02). "up to its rounding": equal to our runtime with the same
+  rounding at the first position, and within three times the noise of that rounding everywhere. "up to its own noise":
+  within twice the floor. (1): a limit of the consumer, found in its code. (2): vLLM's packed product exists in its
+  AVX-512 build only and this CPU has none; a product in torch of the tensors as vLLM loaded, merged and repacked them
+  stood in for that one kernel. vLLM gives log-probabilities and runs in FP16: both sides are compared as those.
 
 """
 COLUMNS = (
@@ -32,6 +42,8 @@ COLUMNS = (
     "floor",
     "rounding",
     "same rounding",
+    "its noise",
+    "first position",
     "tokens",
     "texts",
 )
@@ -50,10 +62,16 @@ def _cells(row: Row) -> list[str]:
     start = [row["artifact"], row["consumer"], row["format"]]
     rounds = row["arithmetic"] != "fp32"
     effect = _number(row["rounding_effect"] if rounds else None)
-    same = _number(row["max_difference_same_rounding"] if rounds else None)
+    keys = ("max_difference_same_rounding", "rounding_noise", "first_position_same_rounding")
+    same = [_number(row.get(key) if rounds else None) for key in keys]
     texts = "-" if row["texts_equal"] is None else f"{row['texts_equal']} of 300"
-    figures = [_number(row["max_difference"]), _number(row["largest_logit"]), _number(row["floor"]), effect, same]
-    return [*start, *figures, f"{row['greedy_equal']} of 10", texts, row["verdict"]]
+    figures = [_number(row["max_difference"]), _number(row["largest_logit"]), _number(row["floor"]), effect, *same]
+    return [*start, *figures, f"{row['greedy_equal']} of 10", texts, _verdict(row)]
+
+
+def _verdict(row: Row) -> str:
+    replaced = row.get("facts", {}).get("kernel_replaced")
+    return row["verdict"] + (" (2)" if replaced else "") + (f" (1): {row['note']}" if row.get("note") else "")
 
 
 def _line(cells: list[str]) -> str:

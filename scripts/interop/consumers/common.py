@@ -1,26 +1,31 @@
 """What every consumer program does: read a request, run strangers' code on a folder, write what came out.
 
-    VENV/bin/python run_NAME.py FOLDER REQUEST.json OUT.npz
+    VENV/bin/python run_NAME.py FOLDER REQUEST.json OUT.npz [FOLDER REQUEST.json OUT.npz ...]
 
 REQUEST.json has `ids` (token ids of one row), `new_tokens` (how many to generate) and `texts` (strings to tokenize).
 OUT.npz gets `logits` float32 [T, V] and `greedy` int64 [new_tokens]; OUT.json, beside it, the versions of the packages,
 the tokens of `texts` (where the format carries a tokenizer), the seconds and whatever the program wants to say.
-Nothing of qwen_quant is imported: the question is whether strangers read the folder as we do.
+A folder that fails leaves its traceback on stderr, after the line `MARK` and its number, and no answer; the others are
+still read. Nothing of qwen_quant is imported: the question is whether strangers read the folder as we do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+MARK = "=== folder "  # scripts/interop/running.py looks for it
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,24 @@ def recompute(runner: Runner, ids: list[int], count: int) -> list[int]:
 
 
 def main(load: Callable[[Path], Runner], packages: tuple[str, ...]) -> None:
-    """Run the program: `load` a folder, answer the request, write the answer; stdout stays free."""
-    folder, request_file, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-    request = json.loads(request_file.read_text(encoding="utf-8"))
+    """Run the program on each folder of the command line; exit status 1 when one of them failed."""
+    jobs = [tuple(map(Path, sys.argv[k : k + 3])) for k in range(1, len(sys.argv), 3)]
+    failed = False
+    for number, (folder, request, out) in enumerate(jobs):
+        print(f"\n{MARK}{number}", file=sys.stderr, flush=True)
+        try:
+            _answer(load, folder, json.loads(request.read_text(encoding="utf-8")), out, packages)
+        except Exception:  # noqa: BLE001 (strangers' code: its last words are the result)
+            traceback.print_exc()
+            failed = True
+        gc.collect()
+    sys.stderr.flush()
+    raise SystemExit(1 if failed else 0)
+
+
+def _answer(
+    load: Callable[[Path], Runner], folder: Path, request: dict[str, Any], out: Path, packages: tuple[str, ...]
+) -> None:
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         runner = load(folder)
@@ -54,6 +74,15 @@ def main(load: Callable[[Path], Runner], packages: tuple[str, ...]) -> None:
         greedy = make(request["ids"], request["new_tokens"])
         tokens = None if runner.tokenize is None else [list(runner.tokenize(text)) for text in request["texts"]]
     np.savez(out, logits=logits, greedy=np.asarray(greedy, dtype=np.int64))
-    answer = {"versions": {name: version(name) for name in packages}, "tokens": tokens, "facts": runner.facts}
+    answer = {"versions": _versions(packages), "tokens": tokens, "facts": runner.facts}
     seconds = {"load_seconds": loaded - start, "run_seconds": time.perf_counter() - loaded}
     out.with_suffix(".json").write_text(json.dumps({**answer, **seconds}), encoding="utf-8")
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of those that are installed: one program may serve environments with and without a package."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,4 +1,7 @@
-"""vLLM on a CPU reads a folder, activations in FP32 where its kernels take it.
+"""vLLM on a CPU reads a folder; FP16 throughout, because it takes nothing wider for gptq and awq.
+
+Its packed product on a CPU exists in the AVX-512 build only. Where this CPU has none, a product in torch of the tensors
+that vLLM loaded and repacked stands in for that one kernel; `facts` says so. Reading, merging and repacking are vLLM's.
 
 vLLM gives log-probabilities of prompt tokens, not logits: both sides are compared as they are after our side's own
 log-softmax, so `logits` here are log-probabilities and `facts` says so.
@@ -6,6 +9,7 @@ log-softmax, so `logits` here are log-probabilities and `facts` says so.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,34 @@ from common import Runner, main
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-DTYPE = os.environ.get("INTEROP_VLLM_DTYPE", "float32")
+DTYPE = "float16"
+
+
+def product(input: Any, q_weight: Any, scales: Any, zeros: Any, bias: Any, pack_factor: int, isa_hint: str) -> Any:  # noqa: A002, PLR0913
+    """vllm._custom_ops.cpu_gemm_wna16: q_weight [out / 16, in, 2] int32 has eight codes each, low nibble first."""
+    import torch
+
+    def unpacked(packed: Any) -> Any:
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+        return ((packed[..., None] >> shifts) & 15).flatten(-2).float()
+
+    groups, width = scales.shape
+    codes = unpacked(q_weight.reshape(width // 16, -1, 2).permute(1, 0, 2).reshape(-1, width // pack_factor))
+    zero = 8.0 if zeros is None else unpacked(zeros).repeat_interleave(len(codes) // groups, 0)
+    weight = (codes - zero) * scales.float().repeat_interleave(len(codes) // groups, 0)
+    out = input.float() @ weight
+    return (out if bias is None else out + bias.float()).to(input.dtype)
+
+
+def stand_in() -> bool:
+    """Put `product` in the place of a kernel that this CPU's build lacks; whether it did."""
+    import torch
+    from vllm import _custom_ops
+
+    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return False
+    _custom_ops.cpu_gemm_wna16 = product
+    return True
 
 
 def load(folder: Path) -> Runner:
@@ -24,6 +55,8 @@ def load(folder: Path) -> Runner:
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {"enforce_eager": True, "max_model_len": 128, "max_logprobs": -1, "seed": 0}
+    packed = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    replaced = packed and stand_in()
     model = LLM(str(folder), skip_tokenizer_init=True, dtype=DTYPE, **options)
 
     def answer(ids: list[int], **settings: Any) -> Any:
@@ -42,7 +75,8 @@ def load(folder: Path) -> Runner:
     def greedy(ids: list[int], count: int) -> list[int]:
         return list(answer(ids, max_tokens=count).outputs[0].token_ids)
 
-    return Runner(logits, greedy, facts={"log_probabilities": True, "dtype": DTYPE})
+    facts = {"log_probabilities": True, "dtype": DTYPE, "kernel_replaced": replaced}
+    return Runner(logits, greedy, facts=facts)
 
 
 if __name__ == "__main__":
