@@ -67,14 +67,18 @@ $(BENCH)/int4/config.json: $(BENCH)/model/config.json
 	$(VENV)/bin/qwen-quant gptq $(BENCH)/model $(BENCH)/int4 --group-size 64 --force
 
 # Exports are read back with the formats' own libraries, so the driver needs them too.
-$(BENCH)/exportlib/gguf/__init__.py: $(INSTALLED)
-	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(BENCH)/exportlib gguf==0.19.0 mlx==0.32.4 mlx-cpu==0.32.4
+$(BENCH)/exportlib/onnx/__init__.py: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(BENCH)/exportlib \
+	  gguf==0.19.0 mlx==0.32.4 mlx-cpu==0.32.4 openvino==2026.4.1 openvino-tokenizers==2026.4.1.0 openvino-telemetry==2025.2.0 \
+	  onnx==1.23.2 ml_dtypes==0.6.0 protobuf==7.36.2
 
-interop: $(INSTALLED) $(PEER_VENV)/bin/python $(BENCH)/int4/config.json $(BENCH)/exportlib/gguf/__init__.py
+interop: $(INSTALLED) $(PEER_VENV)/bin/python $(BENCH)/int4/config.json $(BENCH)/exportlib/onnx/__init__.py
 	mkdir -p .venv-interop && ln -sfn $(abspath $(PEER_VENV)) .venv-interop/gptqmodel
 	PYTHONPATH=.:$(BENCH)/exportlib $(VENV)/bin/python scripts/interop.py --artifact smol-135M=$(BENCH)/int4 \
 	  --work $(BENCH)/interop $(if $(FORMAT),--format $(FORMAT)) $(INTEROP_ARGS)
-	$(if $(FORMAT),,QWEN_QUANT_PEER_PYTHON=$(abspath $(PEER_VENV))/bin/python $(VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS))
+	$(if $(FORMAT),,$(VENV)/bin/python scripts/interop/environments.py bitsandbytes .venv-interop)
+	$(if $(FORMAT),,QWEN_QUANT_BNB_PYTHON=$(CURDIR)/.venv-interop/bitsandbytes/bin/python \
+	  QWEN_QUANT_PEER_PYTHON=$(abspath $(PEER_VENV))/bin/python $(VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS))
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(DEMO_OUT) $(RELEASE_DEMO_OUT)

@@ -30,8 +30,8 @@ from typing import Any
 import interop.reference
 import numpy as np
 from interop.artifacts import TINY, make_tiny
-from interop.limits import why_not
-from interop.reference import NEW_TOKENS, NOISE, Reference, make_reference
+from interop.limits import LOGIT_LIMIT, verdict, why_not
+from interop.reference import NOISE, Reference, make_reference
 from interop.running import Job, Runs
 from interop.table import Row, render, row_key
 
@@ -41,9 +41,6 @@ from qwen_quant.export.formats import LOCATIONS
 from qwen_quant.progress import no_progress
 
 DENSE_GGUF = Path(__file__).parent / "interop" / "dense_gguf.py"
-LOGIT_LIMIT = 1e-3  # FP32 sums in another order, over 30 blocks and logits of 30
-FLOOR_FACTOR = 2.0  # its difference may be this many times what it does to the same weights in FP32
-NOISE_FACTOR = 3.0  # a consumer may differ from the same rounding in our runtime by this many times its noise
 EXPORTERS = Path(__file__).parents[1] / "qwen_quant" / "export"
 
 
@@ -184,21 +181,6 @@ def _texts(tokens: list[list[int]] | None, reference: Reference) -> dict[str, in
     return {"texts_equal": len(reference.texts) - len(different), "nfc_texts_different": in_nfc}
 
 
-def verdict(consumer: Consumer, figures: dict[str, Any]) -> str:
-    """ "equal", "equal up to its own noise", "equal up to its rounding" or "DIFFERENT", by the limits above."""
-    if figures["nfc_texts_different"]:
-        return "DIFFERENT"
-    if figures["max_difference"] <= consumer.limit and figures["greedy_equal"] == NEW_TOKENS:
-        return "equal"
-    first, noise = figures["first_position_same_rounding"], figures["rounding_noise"]
-    allowed = max(consumer.limit, NOISE_FACTOR * noise)
-    explained = first <= consumer.limit and figures["max_difference_same_rounding"] <= allowed
-    if consumer.arithmetic != "fp32" and explained:
-        return "equal up to its rounding"
-    quiet = figures["max_difference"] <= FLOOR_FACTOR * (figures["floor"] or 0.0)
-    return "equal up to its own noise" if quiet else "DIFFERENT"
-
-
 def examine(bench: Bench, consumer: Consumer, case: tuple[str, Path], format_name: str) -> Row:
     """One row of the table."""
     name, artifact = case
@@ -220,7 +202,7 @@ def examine(bench: Bench, consumer: Consumer, case: tuple[str, Path], format_nam
         if known_floor not in bench.floors:  # the same for every format of a consumer
             bench.floors[known_floor] = _on_dense(bench, consumer, case, dense) if dense else None
         row[key] = bench.floors[known_floor]
-    found = verdict(consumer, row)
+    found = verdict(row, consumer.arithmetic, consumer.limit)
     known = why_not(consumer.name, name, format_name, "") if found == "DIFFERENT" else None
     return {**row, "verdict": found} if known is None else {**row, "verdict": "differs by its limit", "note": known}
 

@@ -1,5 +1,7 @@
 """One virtual environment per consumer, under .venv-interop/NAME, with the versions of scripts/interop/NAME.txt.
 
+    python scripts/interop/environments.py NAME FOLDER     makes FOLDER/NAME where it is missing and prints its Python
+
 An environment that exists (or a symbolic link to one) is used as it is. In NAME.txt a line `# --no-deps` makes pip take
 the lines after it without their dependencies; a line `# --env NAME=VALUE` sets a variable of the build; a line
 `# --without NAMES` removes packages again that came as dependencies and do not fit this torch.
@@ -52,3 +54,7 @@ def _install(python: Path, wanted: list[str], options: list[str], settings: dict
         file.flush()
         command = [str(python), "-m", "pip", "install", "--quiet", *options, "-r", file.name]
         subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **settings})
+
+
+if __name__ == "__main__":
+    print(consumer_python(sys.argv[1], Path(sys.argv[2])))

@@ -1,10 +1,16 @@
-"""What consumers cannot do, looked up in their own code: rows that fail for such a reason are no defect of ours."""
+"""When a difference is none, and what consumers cannot do, found in their own code: such rows are no defect of ours."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+LOGIT_LIMIT = 1e-3  # FP32 sums in another order, over 30 blocks and logits of 30
+GREEDY_TOKENS = 10
+FLOOR_FACTOR = 2.0  # a difference may be this many times what the consumer does to the same weights in FP32
+NOISE_FACTOR = 3.0  # a consumer may differ from the same rounding in our runtime by this many times its noise
 # A consumer's own words for "I do not know this architecture".
 _UNKNOWN = re.compile(
     "unknown model architecture|not supported|isn't supported|does not recognize this architecture|not recognized"
@@ -65,3 +71,26 @@ def why_not(consumer: str, artifact: str, format_name: str, said: str) -> str | 
         if all(re.fullmatch(pattern, text) for pattern, text in parts):
             return limit.why
     return None
+
+
+def verdict(figures: Mapping[str, Any], arithmetic: str, limit: float = LOGIT_LIMIT) -> str:
+    """ "equal", "equal up to its own noise", "equal up to its rounding" or "DIFFERENT", by the limits above."""
+    if figures["nfc_texts_different"]:
+        return "DIFFERENT"
+    if figures["max_difference"] <= limit and figures["greedy_equal"] == GREEDY_TOKENS:
+        return "equal"
+    allowed = max(limit, NOISE_FACTOR * figures["rounding_noise"])
+    explained = figures["first_position_same_rounding"] <= limit and figures["max_difference_same_rounding"] <= allowed
+    if arithmetic != "fp32" and explained:
+        return "equal up to its rounding"
+    quiet = figures["max_difference"] <= FLOOR_FACTOR * (figures["floor"] or 0.0)
+    return "equal up to its own noise" if quiet else "DIFFERENT"
+
+
+def last_words(said: str) -> str:
+    """The reason in one line: the last line of stderr, after llama.cpp's own where it has one."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no words"]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)] or lines[-1:]
+    reasons = [line for line in lines if "error loading" in line or "Value error," in line][:1]  # before Python's own
+    crash = lines[-1:] if lines[-1].startswith("exit status") and errors[-1:] != lines[-1:] else []
+    return " / ".join([*reasons, errors[-1][:300], *crash])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from interop.environments import consumer_python
+from interop.limits import last_words
 from interop.reference import NEW_TOKENS, Reference
 
 PROGRAMS = Path(__file__).parent / "consumers"
@@ -88,12 +88,3 @@ def _read(out: Path) -> Answer | None:
     answer: Answer = json.loads(file.read_text(encoding="utf-8"))
     with np.load(out) as arrays:
         return {**answer, "logits": arrays["logits"], "greedy": arrays["greedy"].tolist()}
-
-
-def last_words(said: str) -> str:
-    """The reason in one line: the last line of stderr, after llama.cpp's own where it has one."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["no words"]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)] or lines[-1:]
-    reasons = [line for line in lines if "error loading" in line or "Value error," in line][:1]  # before Python's own
-    crash = lines[-1:] if lines[-1].startswith("exit status") and errors[-1:] != lines[-1:] else []
-    return " / ".join([*reasons, errors[-1][:300], *crash])
