@@ -3,7 +3,7 @@ two products (norms, rotation, attention, gate) costs more than they do when a s
 Called by runtime/native_step.py, whose ctypes structures mirror the ones here.  Activations are FP32.
 
 All threads walk through the whole step together, each with its share of the rows or heads; a barrier stands wherever
-one needs what another made.  There are ten of them in a block of a tenth of a millisecond, so waiting is a short spin, and
+one needs what another made.  There are twelve of them in a block of a tenth of a millisecond, so waiting is a short spin, and
 a yield where the processor is wanted by others: OpenMP's own barrier puts threads to sleep. */
 
 #include <omp.h>
@@ -13,6 +13,8 @@ a yield where the processor is wanted by others: OpenMP's own barrier puts threa
 #include "native.c"
 
 #define MOST_GROUPS 1024 /* of a linear's inputs */
+#define SPAN 32          /* positions whose keys or values stay near while all query heads that share them pass */
+#define TEAM 4           /* query heads that share one load of a key or value */
 
 typedef struct {
     const uint8_t *codes;
@@ -98,12 +100,6 @@ static inline __m256 widened(const int8_t *codes) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
 }
 
-static float dot_codes(const float *a, const int8_t *codes, int64_t size) { /* size a multiple of 8 */
-    __m256 sum = _mm256_setzero_ps();
-    for (int64_t i = 0; i < size; i += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), widened(codes + i), sum);
-    return horizontal(sum);
-}
-
 /* One token's vector as the Int8 cache holds it, bit for bit quantize_per_token of kv_cache.py in FP32. */
 static void store_codes(const float *x, int64_t size, int8_t *codes, float *scale) {
     float largest = 0.0f;
@@ -156,22 +152,111 @@ static void place_head(const model_t *m, float *head, const float *norm, int64_t
     }
 }
 
-/* mixed[one head] = softmax(q K^T * scale) V over positions 0 to `position`. */
-static void attend(const model_t *m, const layer_t *layer, int64_t head, int64_t position) {
-    const int64_t size = m->head_dim, kv = head / (m->heads / m->kv_heads), padded = (m->capacity + 7) / 8 * 8;
-    const int64_t first = kv * m->capacity, start = first * size;
-    const int coded = layer->key_codes != 0;
+/* Eight values of a cached vector; a coded one's scale is applied by the caller. Those to come are asked for. */
+static inline __attribute__((always_inline)) __m256 cached(const float *values, const int8_t *codes, int64_t at,
+                                                           const int coded) {
+    _mm_prefetch((coded ? (const char *)(codes + at) : (const char *)(values + at)) + AHEAD, _MM_HINT_T0);
+    return coded ? widened(codes + at) : _mm256_loadu_ps(values + at);
+}
+
+/* Scores of `count` query heads from `head` on, which share key head kv, at positions t to t + places - 1. */
+static inline __attribute__((always_inline)) void score(const model_t *m, const layer_t *layer, int64_t kv,
+                                                        int64_t head, const int count, int64_t t, const int places,
+                                                        const int coded) {
+    const int64_t size = m->head_dim, padded = (m->capacity + 7) / 8 * 8, first = kv * m->capacity + t;
     const float *query = m->queries + head * size;
-    float *scores = m->scores + head * padded, *out = m->mixed + head * size, largest = -INFINITY;
-    for (int64_t t = 0; t <= position; t++) {
-        const int64_t at = start + t * size;
-        const float product = coded ? dot_codes(query, layer->key_codes + at, size) * layer->key_scales[first + t]
-                                    : dot(query, layer->keys + at, size);
-        scores[t] = product * m->attention_scale;
-        largest = scores[t] > largest ? scores[t] : largest;
+    float *scores = m->scores + head * padded + t;
+    __m256 sums[2][TEAM];
+    for (int p = 0; p < places; p++)
+        for (int h = 0; h < count; h++) sums[p][h] = _mm256_setzero_ps();
+    for (int64_t i = 0; i < size; i += 8) {
+        __m256 keys[2];
+        for (int p = 0; p < places; p++)
+            keys[p] = cached(layer->keys, layer->key_codes, (first + p) * size + i, coded);
+        for (int h = 0; h < count; h++) {
+            const __m256 part = _mm256_loadu_ps(query + h * size + i);
+            for (int p = 0; p < places; p++) sums[p][h] = _mm256_fmadd_ps(keys[p], part, sums[p][h]);
+        }
     }
-    __m256 sums = _mm256_setzero_ps();
+    for (int p = 0; p < places; p++) {
+        const float unit = coded ? layer->key_scales[first + p] : 1.0f;
+        for (int h = 0; h < count; h++) scores[h * padded + p] = horizontal(sums[p][h]) * unit * m->attention_scale;
+    }
+}
+
+/* Adds weight times value over positions [t, stop) to `wide` vectors of columns of `count` query heads' outputs. */
+static inline __attribute__((always_inline)) void mix(const model_t *m, const layer_t *layer, int64_t kv, int64_t head,
+                                                      const int count, int64_t t, int64_t stop, int64_t column,
+                                                      const int wide, const int coded) {
+    const int64_t size = m->head_dim, padded = (m->capacity + 7) / 8 * 8, first = kv * m->capacity;
+    const float *weights = m->scores + head * padded;
+    float *out = m->mixed + head * size + column;
+    __m256 sums[TEAM][2];
+    for (int h = 0; h < count; h++)
+        for (int c = 0; c < wide; c++) sums[h][c] = _mm256_loadu_ps(out + h * size + 8 * c);
+    for (; t < stop; t++) {
+        __m256 values[2];
+        for (int c = 0; c < wide; c++)
+            values[c] = cached(layer->values, layer->value_codes, (first + t) * size + column + 8 * c, coded);
+        for (int h = 0; h < count; h++) {
+            const __m256 weight = _mm256_broadcast_ss(weights + h * padded + t);
+            for (int c = 0; c < wide; c++) sums[h][c] = _mm256_fmadd_ps(weight, values[c], sums[h][c]);
+        }
+    }
+    for (int h = 0; h < count; h++)
+        for (int c = 0; c < wide; c++) _mm256_storeu_ps(out + h * size + 8 * c, sums[h][c]);
+}
+
+static inline __attribute__((always_inline)) void score_span(const model_t *m, const layer_t *layer, int64_t kv,
+                                                             int64_t head, const int count, int64_t t, int64_t stop,
+                                                             const int coded) {
+    for (; t + 2 <= stop; t += 2) score(m, layer, kv, head, count, t, 2, coded);
+    if (t < stop) score(m, layer, kv, head, count, t, 1, coded);
+}
+
+static inline __attribute__((always_inline)) void mix_span(const model_t *m, const layer_t *layer, int64_t kv,
+                                                           int64_t head, const int count, int64_t t, int64_t stop,
+                                                           int64_t column, int64_t end, const int coded) {
+    for (; column + 16 <= end; column += 16) mix(m, layer, kv, head, count, t, stop, column, 2, coded);
+    if (column < end) mix(m, layer, kv, head, count, t, stop, column, 1, coded);
+}
+
+/* FUNCTION(..., count, ..., coded) with both as constants, for `count` from 1 to TEAM. */
+#define WITH_CONSTANTS(FUNCTION, count, coded, ...)                                                                    \
+    switch ((count) + (coded ? TEAM : 0)) {                                                                            \
+    case 1: FUNCTION(m, layer, kv, head, 1, __VA_ARGS__, 0); break;                                                    \
+    case 2: FUNCTION(m, layer, kv, head, 2, __VA_ARGS__, 0); break;                                                    \
+    case 3: FUNCTION(m, layer, kv, head, 3, __VA_ARGS__, 0); break;                                                    \
+    case 4: FUNCTION(m, layer, kv, head, 4, __VA_ARGS__, 0); break;                                                    \
+    case 5: FUNCTION(m, layer, kv, head, 1, __VA_ARGS__, 1); break;                                                    \
+    case 6: FUNCTION(m, layer, kv, head, 2, __VA_ARGS__, 1); break;                                                    \
+    case 7: FUNCTION(m, layer, kv, head, 3, __VA_ARGS__, 1); break;                                                    \
+    default: FUNCTION(m, layer, kv, head, 4, __VA_ARGS__, 1);                                                          \
+    }
+
+/* scores = q K^T * scale over positions 0 to `position`; this thread's share of spans of all key heads. */
+static void score_heads(const model_t *m, const layer_t *layer, int64_t position, const team_t *team) {
+    const int64_t spans = position / SPAN + 1, shared = m->heads / m->kv_heads;
+    const int coded = layer->key_codes != 0;
+    int64_t start, end;
+    share(team, m->kv_heads * spans, &start, &end);
+    for (int64_t unit = start; unit < end; unit++) {
+        const int64_t kv = unit / spans, t = unit % spans * SPAN;
+        const int64_t stop = t + SPAN < position + 1 ? t + SPAN : position + 1;
+        for (int64_t head = kv * shared, last = head + shared; head < last; head += TEAM)
+            WITH_CONSTANTS(score_span, last - head < TEAM ? last - head : TEAM, coded, t, stop)
+    }
+}
+
+/* One head's scores become what its values are weighted with: the softmax, times the value's scale where coded. */
+static void weigh(const model_t *m, const layer_t *layer, int64_t head, int64_t position) {
+    const int64_t first = head / (m->heads / m->kv_heads) * m->capacity;
+    float *scores = m->scores + head * ((m->capacity + 7) / 8 * 8), lanes[8], largest = -INFINITY;
     for (int64_t t = position + 1; t < (position + 8) / 8 * 8; t++) scores[t] = -INFINITY;
+    __m256 most = _mm256_set1_ps(-INFINITY), sums = _mm256_setzero_ps();
+    for (int64_t t = 0; t <= position; t += 8) most = _mm256_max_ps(most, _mm256_loadu_ps(scores + t));
+    _mm256_storeu_ps(lanes, most);
+    for (int i = 0; i < 8; i++) largest = lanes[i] > largest ? lanes[i] : largest;
     for (int64_t t = 0; t <= position; t += 8) {
         const __m256 shifted = _mm256_sub_ps(_mm256_loadu_ps(scores + t), _mm256_set1_ps(largest));
         const __m256 inside = _mm256_cmp_ps(shifted, _mm256_set1_ps(-87.0f), _CMP_GE_OQ);
@@ -180,14 +265,28 @@ static void attend(const model_t *m, const layer_t *layer, int64_t head, int64_t
         sums = _mm256_add_ps(sums, weight);
     }
     const float inverse = 1.0f / horizontal(sums);
-    for (int64_t i = 0; i < size; i++) out[i] = 0.0f;
-    for (int64_t t = 0; t <= position; t++) {
-        const int64_t at = start + t * size;
-        const __m256 weight = _mm256_set1_ps(scores[t] * inverse * (coded ? layer->value_scales[first + t] : 1.0f));
-        for (int64_t i = 0; i < size; i += 8) {
-            const __m256 value = coded ? widened(layer->value_codes + at + i) : _mm256_loadu_ps(layer->values + at + i);
-            _mm256_storeu_ps(out + i, _mm256_fmadd_ps(weight, value, _mm256_loadu_ps(out + i)));
+    if (layer->key_codes)
+        for (int64_t t = 0; t <= position; t++) scores[t] = scores[t] * inverse * layer->value_scales[first + t];
+    else
+        for (int64_t t = 0; t <= position; t++) scores[t] *= inverse;
+}
+
+/* mixed = weights V over positions 0 to `position`; this thread's share of the columns of all value heads. */
+static void mix_heads(const model_t *m, const layer_t *layer, int64_t position, const team_t *team) {
+    const int64_t size = m->head_dim, shared = m->heads / m->kv_heads;
+    const int coded = layer->key_codes != 0;
+    int64_t start, end;
+    share(team, m->kv_heads * size / 8, &start, &end);
+    for (int64_t at = 8 * start; at < 8 * end;) {
+        const int64_t kv = at / size, column = at % size, rest = 8 * end - kv * size, to = rest < size ? rest : size;
+        for (int64_t head = kv * shared; head < (kv + 1) * shared; head++)
+            for (int64_t i = column; i < to; i++) m->mixed[head * size + i] = 0.0f;
+        for (int64_t t = 0; t <= position; t += SPAN) {
+            const int64_t stop = t + SPAN < position + 1 ? t + SPAN : position + 1;
+            for (int64_t head = kv * shared, last = head + shared; head < last; head += TEAM)
+                WITH_CONSTANTS(mix_span, last - head < TEAM ? last - head : TEAM, coded, t, stop, column, to)
         }
+        at = kv * size + to;
     }
 }
 
@@ -221,8 +320,12 @@ static void attention_half(const model_t *m, const layer_t *layer, int64_t posit
     share(t, m->kv_heads, &start, &stop);
     for (int64_t kv = start; kv < stop; kv++) store_head(m, layer, kv, position);
     barrier(t);
+    score_heads(m, layer, position, t);
+    barrier(t);
     share(t, m->heads, &start, &stop);
-    for (int64_t h = start; h < stop; h++) attend(m, layer, h, position);
+    for (int64_t h = start; h < stop; h++) weigh(m, layer, h, position);
+    barrier(t);
+    mix_heads(m, layer, position, t);
     barrier(t);
     if (t->id == 0) round_inputs(m, m->mixed, layer->output.width, layer->output.group_size);
     barrier(t);
