@@ -37,6 +37,7 @@ from qwen_quant.runtime.linear import Int4Linear, LinearSettings
 from qwen_quant.runtime.quantized_model import kernel_report
 
 METHOD = "gptq"
+_CPU = torch.device("cpu")
 _KNOWN = rf"\.({'|'.join(SUFFIXES)})$"
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,14 @@ class Int4HfQuantizer(HfQuantizer):
                 "run: qwen-quant gptq MODEL OUT --bits 4, then load OUT",
             )
 
-    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
-        """One device for the whole model; the CPU when none is named."""
-        return {"": torch.device("cpu")} if device_map is None else device_map
+    def update_device_map(self, device_map: str | dict[str, Any] | None) -> dict[str, Any]:
+        """One device for the whole model: the CPU when none is named.
+
+        Of names only "auto" and its like arrive here (transformers turns devices into a map): the GPU, if there is one.
+        """
+        if isinstance(device_map, str):
+            return {"": torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU}
+        return {"": _CPU} if device_map is None else device_map
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files") or []

@@ -109,6 +109,15 @@ def test_several_devices_are_refused(artifact: Path) -> None:
     assert hf_quantizer._device({"": 0}) == torch.device("cuda:0")
 
 
+@pytest.mark.parametrize("place", ["auto", "balanced", "sequential", "cpu", {"": "cpu"}])
+def test_device_maps(artifact: Path, place: object) -> None:
+    """What accelerate would spread over devices goes to the one there is."""
+    model = AutoModelForCausalLM.from_pretrained(artifact, device_map=place, dtype=torch.float32)
+    wanted = "cuda" if torch.cuda.is_available() and place not in ("cpu", {"": "cpu"}) else "cpu"
+    assert {part.device.type for part in model.parameters()} == {wanted}
+    assert len(model.kernel_report.linears) == 14 and model(IDS.to(wanted)).logits.isfinite().all()
+
+
 def test_a_config_of_other_sizes(artifact: Path) -> None:
     change_config(artifact, intermediate_size=256)
     with pytest.raises(InputError, match="has no place of its shape in the model"):

@@ -22,8 +22,8 @@ IDS = (torch.arange(9) * 7 % 256)[None]
 pytestmark = needs_native
 
 
-def artifact(tmp_path: Path, family: str = "qwen2", *, sym: bool = True) -> Path:
-    make_checkpoint(tmp_path / "model", family=family, intermediate_size=256)
+def artifact(tmp_path: Path, family: str = "qwen2", *, sym: bool = True, **sizes: int) -> Path:
+    make_checkpoint(tmp_path / "model", family=family, **{"intermediate_size": 256, **sizes})
     make_artifact(tmp_path / "model", tmp_path / "q", sym=sym)
     return tmp_path / "q"
 
@@ -64,6 +64,21 @@ def test_larger_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.get_decoder().layers[0].self_attn.q_proj.kernel.group_size == 64
     ours, theirs = steps(model, list(range(20)))
     assert float((ours - theirs).abs().max()) <= 2e-4 * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (3, 1), (7, 1), (10, 2)])
+def test_heads_that_share_keys_and_values(tmp_path: Path, heads: int, kv_heads: int, threads: int) -> None:
+    """One to seven query heads a key head, over more positions than are read at a time, odd numbers of both."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": 1}
+    model = load_quantized(artifact(tmp_path, "qwen3", **sizes), dtype=torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours, theirs = steps(model, [(31 * i + 7) % 256 for i in range(60)])
+    finally:
+        torch.set_num_threads(before)
+    assert float((ours - theirs).abs().max()) <= 2e-4 * float(theirs.abs().max()), float((ours - theirs).abs().max())
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
