@@ -27,7 +27,7 @@ Quantizing gives the bytes of bitsandbytes 0.50's own CPU kernels (tests/test_bn
 - A last, short block divides by its absmax instead, and its absmax is at least 1e-38.
 - Absmax of double quantization: (absmax - mean) * (1 / nested absmax) is rounded to one of 65536 equal steps of
   [-1, 1], and a table says which entry of the nested map is nearest to that step. A block of zeros gets index 0.
-- 8 bit: the weight is rounded to FP16 first; code = round(value * (127 / SCB)), ties to even.
+- 8 bit: the weight is rounded to FP16 first; code = round(value * (127 * (1 / SCB))), ties to even.
 
 Dequantizing is a single FP32 multiplication for every product, in bitsandbytes' own order, so the result equals what
 bitsandbytes dequantizes to FP32 (tests/golden/bnb, bit for bit but for the sign of zero: its FP4 kernel writes code 8
@@ -320,10 +320,12 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes, scb = torch.empty(weight.shape, dtype=torch.int8), torch.empty(weight.shape[0])
     step = max(1, _QUANTIZE_VALUES // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
-        rows = weight[start : start + step].half()
-        largest = rows.abs().amax(1).float()
+        # By way of FP32, in vectors; straight from BF16 to FP16 torch casts value by value.
+        rows = weight[start : start + step].to(torch.float32, copy=True)
+        rows.copy_(rows.half())
+        largest = torch.maximum(rows.amax(1), -rows.amin(1)).abs()  # never -0.0
         scales = torch.where(largest > 0, 127 / largest, 0.0)
-        codes[start : start + step] = rows.float().mul_(scales[:, None]).round_().to(torch.int8)
+        codes[start : start + step] = rows.mul_(scales[:, None]).round_()
         scb[start : start + step] = largest
     return codes, scb
 

@@ -6,9 +6,10 @@ the weights once more beforehand: the mean of their scales is saved as decimal d
 A killed run continues at its first unfinished file and ends with the same bytes.  At most one weight, as stored and in
 FP32, is in memory.
 
-Hashing costs as much as everything else of an Int8 run, so bytes are hashed once: the source's files while the run is
+Hashing costs more than everything else of an Int8 run, so bytes are hashed once: the source's files while the run is
 prepared and the output's while it is read back, both in a thread of their own (hashlib lets go of Python's lock); what
-was made is compared with what was read by a checksum (`_checksum`), and kept tensors byte by byte.
+was made is compared with what was read by a checksum (`_checksum`), and kept tensors byte by byte. The error of a
+linear is measured on the tensors that were made, while its weight is at hand; the checksum says that OUT holds them.
 """
 
 from __future__ import annotations
@@ -48,14 +49,23 @@ from qwen_quant.preparation import finite
 from qwen_quant.progress import ProgressFn
 from qwen_quant.results import to_json
 from qwen_quant.resume import write_json_atomically
+from qwen_quant.runtime.kernels.int8 import int8_rows, takes_int8
 
 _ERROR_VALUES = 1 << 22
 _SUM_WORDS = 1 << 10
 
 
 @dataclass(frozen=True)
+class _Made:
+    """What is known of one linear when it is written: the checksum of its tensors, and ||W' - W|| / ||W||."""
+
+    checksum: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
 class BnbLinear:
-    """One quantized linear: its shape, ||W' - W|| / ||W|| of what reads back, and the sha256 of its tensors on disk."""
+    """One quantized linear: its shape, ||W' - W|| / ||W||, and the sha256 of its tensors on disk."""
 
     name: str
     in_features: int
@@ -163,21 +173,24 @@ def _offsets(ready: Ready, state: dict[str, Any], progress: ProgressFn) -> dict[
     for k, name in enumerate(ready.accounting.quantized):
         progress("measuring scales", k, len(ready.accounting.quantized))
         found[name] = absmax_offset(block_absmax(_weight(ready, name), ready.job.bnb.block_size))
-    ready.work.commit({"tensors_done": 0, "checksums": {}, "offsets": found})
+    ready.work.commit({"tensors_done": 0, "made": {}, "offsets": found})
     return found
 
 
-def _quantized(ready: Ready, name: str, offset: float | None) -> dict[str, Tensor]:
-    """The tensors of one linear by full name."""
+def _quantized(ready: Ready, name: str, offset: float | None) -> tuple[dict[str, Tensor], float]:
+    """The tensors of one linear by full name, and ||W' - W|| / ||W|| of what they stand for."""
     config, weight, base = ready.job.bnb, _weight(ready, name), name.removesuffix(".weight")
-    if config.quant_type == "int8":
-        tensors = tensors_int8(base, *quantize_int8(weight))
+    if config.quant_type != "int8":
+        double, block = config.double_quant, config.block_size
+        made = tensors_4bit(quantize_4bit(weight, config.quant_type, block, double_quant=double, offset=offset))
+    elif takes_int8(ready.reader.nbytes):
+        codes, scb, error = int8_rows(weight)
+        made = tensors_int8(base, codes, scb)
+        return {f"{base}.{suffix}": tensor for suffix, tensor in made.items()}, error
     else:
-        double = config.double_quant
-        tensors = tensors_4bit(
-            quantize_4bit(weight, config.quant_type, config.block_size, double_quant=double, offset=offset)
-        )
-    return {f"{base}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        made = tensors_int8(base, *quantize_int8(weight))
+    tensors = {f"{base}.{suffix}": tensor for suffix, tensor in made.items()}
+    return tensors, _relative_error(_dense(ready, name, tensors), weight)
 
 
 def _copy(ready: Ready, writer: PlannedWriter, name: str) -> None:
@@ -192,10 +205,10 @@ def _copy(ready: Ready, writer: PlannedWriter, name: str) -> None:
 
 def _write_all(
     ready: Ready, shards: tuple[PlannedShard, ...], state: dict[str, Any], progress: ProgressFn
-) -> dict[str, str]:
-    """Write what `state` does not say is done; returns weight name -> checksum of its tensors."""
+) -> dict[str, _Made]:
+    """Write what `state` does not say is done; returns what was made by weight name."""
     offsets: dict[str, float] = state["offsets"]
-    sums: dict[str, str] = dict(state.get("checksums", {}))
+    made = {name: _Made(**values) for name, values in state.get("made", {}).items()}
     file_of = {tensor.name: k for k, shard in enumerate(shards) for tensor in shard.tensors}
     parts = [[t.name for t in planned_tensors(ready, name, offsets.get(name))] for name in ready.order]
     done = int(state.get("tensors_done", 0))
@@ -207,21 +220,22 @@ def _write_all(
             if name in ready.accounting.kept:
                 _copy(ready, writer, name)
             else:
-                tensors = _quantized(ready, name, offsets.get(name))
-                sums[name] = _checksum(tensors.values())
+                tensors, error = _quantized(ready, name, offsets.get(name))
+                made[name] = _Made(_checksum(tensors.values()), error)
                 for full_name, tensor in tensors.items():
                     writer.write(full_name, tensor)
             if k + 1 < len(parts) and file_of[parts[k + 1][0]] > file_of[parts[k][0]]:
                 writer.sync()
-                ready.work.commit({"tensors_done": k + 1, "checksums": sums, "offsets": offsets})
+                done_so_far = {name: dataclasses.asdict(one) for name, one in made.items()}
+                ready.work.commit({"tensors_done": k + 1, "made": done_so_far, "offsets": offsets})
         writer.finish()
     finally:
         writer.close()
-    return sums
+    return made
 
 
 def _dense(ready: Ready, name: str, tensors: dict[str, Tensor]) -> Tensor:
-    """FP32 weight of a linear's tensors as they were read back."""
+    """FP32 weight of a linear's tensors."""
     config, base, shape = ready.job.bnb, name.removesuffix(".weight"), ready.reader.info(name).shape
     if config.quant_type == "int8":
         return dequantize_int8(tensors[name].view(shape), tensors[f"{base}.SCB"])
@@ -261,9 +275,9 @@ def _check_kept(ready: Ready, artifact: CheckpointReader, progress: ProgressFn) 
 
 
 def _audit(
-    ready: Ready, shards: tuple[PlannedShard, ...], sums: dict[str, str], progress: ProgressFn
+    ready: Ready, shards: tuple[PlannedShard, ...], made: dict[str, _Made], progress: ProgressFn
 ) -> tuple[BnbLinear, ...]:
-    """Read OUT back; compare it with the plan, the source and what was quantized (AuditError); measure each linear."""
+    """Read OUT back and compare it with the plan, the source and what was quantized (AuditError)."""
     artifact = CheckpointReader(ready.work.artifact)
     check_written(shards, artifact)
     _check_kept(ready, artifact, progress)
@@ -273,11 +287,10 @@ def _audit(
         base = name.removesuffix(".weight")
         offset = 0.0 if ready.job.bnb.double_quant else None
         tensors = {t.name: artifact.read(t.name) for t in planned_tensors(ready, name, offset)}
-        if name not in sums or _checksum(tensors.values()) != sums[name]:
+        if name not in made or _checksum(tensors.values()) != made[name].checksum:
             raise AuditError(f"'{base}' reads back as other codes or scales than were made")
         rows, columns = ready.reader.info(name).shape
-        error = _relative_error(_dense(ready, name, tensors), ready.reader.read(name).to(ready.dtype))
-        found.append(BnbLinear(base, columns, rows, error, content_sha256(tensors.values())))
+        found.append(BnbLinear(base, columns, rows, made[name].relative_error, content_sha256(tensors.values())))
     return tuple(found)
 
 
@@ -338,12 +351,12 @@ def quantize_bnb(job: BnbJob, progress: ProgressFn) -> BnbResult:
     state = {**state, "offsets": _offsets(ready, state, progress)}
     shards = plan(ready, state["offsets"])
     check_disk(ready.work, sum(shard.nbytes for shard in shards))
-    sums = _write_all(ready, shards, state, progress)
+    made = _write_all(ready, shards, state, progress)
     files = [ready.work.artifact / shard.file_name for shard in shards]
     written = _in_background(lambda: {path.name: file_sha256(path) for path in files})
     copied, left = copy_companions(job.model, ready.work.artifact)
     _write_config(ready)
-    linears = _audit(ready, shards, sums, progress)
+    linears = _audit(ready, shards, made, progress)
     result = _result(ready, shards, linears, (tuple(left), time.perf_counter() - started))
     write_manifest(ready.work.artifact, _manifest(ready, identity, result, copied), written())
     ready.work.publish(force=job.run.force)

@@ -1,7 +1,7 @@
 """`convert`: a first-generation checkpoint under Qwen2's names, the same numbers in every tensor, and the proof of it.
 
 Order of a run: check everything, account for every tensor, plan every byte, write the tokenizer, copy tensor by tensor
-(a matrix in pieces of 64 MiB; a packed c_attn, whose thirds are columns, whole), then read everything back.  The proof:
+(a matrix in pieces of 16 MiB; a packed c_attn, whose thirds are columns, whole), then read everything back.  The proof:
 the parts of each source tensor, joined again from what was written, have the sha256 of the source tensor; Qwen2 as
 transformers defines it needs exactly the tensors that were written; and both folders give the same logits (that pass
 holds one block in FP32, and the head).  OUT appears at the end, by one rename.  A killed run continues.

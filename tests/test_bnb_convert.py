@@ -30,7 +30,9 @@ from qwen_quant.errors import AuditError, InputError
 from qwen_quant.progress import no_progress
 from qwen_quant.recipe import BnbConfig, RunConfig, load_recipe
 from qwen_quant.resume import WorkFolder
+from qwen_quant.runtime.kernels.int8 import int8_rows
 from qwen_quant.runtime.loading import WeightSource, load_model
+from tests.runtime.test_kernels import needs_native
 from tests.support.artifacts import change_config
 from tests.support.checkpoints import edit_tensors, make_checkpoint
 from tests.support.moe import fuse_experts, make_family_checkpoint
@@ -108,6 +110,40 @@ def test_kernels_are_bitsandbytes_own_to_the_last_bit(
     codes = bnb.tensors_int8("layers.0.k_proj", *bnb.quantize_int8(weight))
     assert codes.pop("weight_format").item() == 0
     same(codes, kernels[f"{name}/int8"])
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["wide", "odd", "zeros", "ties", "tail", "one"])
+def test_the_native_int8_kernel_gives_the_same_bytes(name: str, kernels: dict[str, dict[str, torch.Tensor]]) -> None:
+    weight = kernels[f"{name}/"]["weight"]
+    codes, scb, error = int8_rows(weight)
+    wanted = kernels[f"{name}/int8"]
+    same({"weight": codes, "SCB": scb}, {key: wanted[key] for key in ("weight", "SCB")})
+    lost = (bnb.dequantize_int8(codes, scb) - weight.float()).norm()
+    assert error == pytest.approx(float(lost / weight.float().norm()) if weight.any() else 0.0, rel=1e-5, abs=1e-7)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_native_int8_codes_of_every_dtype_and_of_tiny_values(dtype: torch.dtype) -> None:
+    weight = torch.randn(7, 77, generator=torch.Generator().manual_seed(3))
+    weight *= torch.logspace(-9, 3, 7)[:, None]  # the first rows become FP16's subnormals, and zeros
+    for part in (weight.to(dtype), weight.to(dtype)[:, 5:70]):  # the second is not contiguous
+        codes, scb = bnb.quantize_int8(part)
+        same(dict(zip("ab", int8_rows(part)[:2], strict=True)), {"a": codes, "b": scb})
+
+
+@needs_native
+def test_native_and_torch_make_the_same_folder(qwen3_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    config = BnbConfig(quant_type="int8")
+    for name, native in (("native", True), ("torch", False)):
+        monkeypatch.setattr(bnb_convert, "takes_int8", lambda _, native=native: native)
+        convert(qwen3_folder, tmp_path / name, config)
+    same(tensors_of(tmp_path / "native"), tensors_of(tmp_path / "torch"))
+    first, second = (json.loads((tmp_path / name / "qwen-quant.json").read_text()) for name in ("native", "torch"))
+    for ours, theirs in zip(first["linears"], second["linears"], strict=True):
+        assert ours["relative_error"] == pytest.approx(theirs["relative_error"], rel=1e-5)
+        assert ours["sha256"] == theirs["sha256"]
 
 
 def test_the_kernel_of_double_quantization_at_its_steps() -> None:

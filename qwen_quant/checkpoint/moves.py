@@ -1,6 +1,6 @@
 """Tensors that go from one checkpoint to another with the same numbers: whole, shared, or cut into equal parts.
 
-A tensor is copied in pieces of 64 MiB, so that the largest matrix is never in memory; only one that is cut into columns
+A tensor is copied in pieces of 16 MiB, so that the largest matrix is never in memory; only one that is cut into columns
 is read whole.  `joined_sha256` is the proof: it reads the parts back and puts them together again.
 """
 

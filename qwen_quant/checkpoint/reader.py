@@ -39,7 +39,7 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FUSED_EXPERTS = re.compile(r"(model\.(?:language_model\.)?layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _HASH_CHUNK_BYTES = 1 << 22
-_PART_BYTES = 64 << 20
+_PART_BYTES = 16 << 20  # memory of this size is used again, larger blocks would be faulted in anew (process.py)
 _SEEK_BYTES = 1 << 16  # reading one row by itself takes about as long as reading so many bytes in a large piece
 
 
@@ -184,7 +184,7 @@ class CheckpointReader:
         return self._read_bytes(info, 0, info.nbytes).view(info.shape)
 
     def parts(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """(byte offset in the tensor, flat values) of `name` in pieces of at most 64 MiB, as stored."""
+        """(byte offset in the tensor, flat values) of `name` in pieces of at most 16 MiB, as stored."""
         info = self.info(name)
         for start in range(0, info.nbytes, _PART_BYTES):
             yield start, self._read_bytes(info, start, min(_PART_BYTES, info.nbytes - start))

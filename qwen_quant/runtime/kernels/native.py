@@ -26,7 +26,7 @@ from qwen_quant.runtime.kernels.weights import GroupedWeight, largest_divisor
 
 GROUP_SIZES = (32, 64, 128, 256)
 SOURCE = Path(__file__).with_name("native_step.c")  # which includes the others
-SOURCES = (SOURCE, SOURCE.with_name("native.c"))
+SOURCES = (SOURCE, SOURCE.with_name("native.c"), SOURCE.with_name("native_int8.c"))
 FLAGS = ("-O3", "-std=gnu11", "-mavx2", "-mfma", "-mf16c", "-fopenmp", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_SECONDS = 120
@@ -62,9 +62,8 @@ def _compiler() -> str:
     return found
 
 
-def _build() -> Path:
-    """Path of the compiled library, compiled now if it is not there (NativeUnavailable when that fails)."""
-    compiler = _compiler()
+def _target(compiler: str) -> Path:
+    """Where the library that `compiler` makes of these sources lies, or will lie."""
     identity = [
         *(path.read_bytes() for path in SOURCES),
         " ".join(FLAGS).encode(),
@@ -72,7 +71,21 @@ def _build() -> Path:
         torch.__version__.encode(),
     ]
     digest = hashlib.sha256(b"\0".join(identity)).hexdigest()[:16]
-    target = _cache_folder() / f"native-{digest}.so"
+    return _cache_folder() / f"native-{digest}.so"
+
+
+def is_built() -> bool:
+    """Whether the library has been compiled here before."""
+    try:
+        return _target(_compiler()).exists()
+    except NativeUnavailable:
+        return False
+
+
+def _build() -> Path:
+    """Path of the compiled library, compiled now if it is not there (NativeUnavailable when that fails)."""
+    compiler = _compiler()
+    target = _target(compiler)
     if target.exists():
         return target
     with tempfile.TemporaryDirectory(dir=target.parent) as place:
@@ -107,8 +120,9 @@ def library() -> ctypes.CDLL:
     loaded.dequantize.argtypes = [*[_POINTER] * 4, *[_SIZE] * 3, _INT]
     loaded.bf16_product.argtypes = [*[_POINTER] * 3, *[_SIZE] * 3, _INT]
     loaded.decode_step.argtypes = [_POINTER, _SIZE, _SIZE, _INT]
+    loaded.int8_rows.argtypes = [_POINTER, _INT, _SIZE, _SIZE, *[_POINTER] * 3, _INT]
     _operators()
-    loaded.dequantize.restype = loaded.bf16_product.restype = None
+    loaded.dequantize.restype = loaded.bf16_product.restype = loaded.int8_rows.restype = None
     return loaded
 
 

@@ -9,8 +9,10 @@ a yield where the processor is wanted by others: OpenMP's own barrier puts threa
 #include <omp.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <string.h>
 
 #include "native.c"
+#include "native_int8.c"
 
 #define MOST_GROUPS 1024 /* of a linear's inputs */
 #define SPAN 32          /* positions whose keys or values stay near while all query heads that share them pass */
