@@ -28,8 +28,17 @@ from torch import Tensor
 from qwen_quant.checkpoint.reader import raw_bytes
 from qwen_quant.errors import AuditError
 from qwen_quant.export import checks
-from qwen_quant.export.decoder import Decoder, kept_parts, packed_zeros, read_decoder, refusals, unpacked_zeros
-from qwen_quant.export.folder import REST_DTYPES, items, kept_dtype, write_config
+from qwen_quant.export.decoder import (
+    Decoder,
+    kept_parts,
+    notes_of,
+    packed_zeros,
+    read_decoder,
+    refusals,
+    unpacked_zeros,
+    write_companions,
+)
+from qwen_quant.export.folder import REST_DTYPES, items, kept_dtype
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target
 from qwen_quant.export.onnx_graph import DOMAIN, Graph, build_model, build_nodes, onnx
 from qwen_quant.export.pivot import LinearGrid, PackedRows, consecutive_groups
@@ -78,6 +87,7 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
         info = source.reader.info(name)
         total += info.nbytes // info.dtype.itemsize * kept_dtype(source, name, options).itemsize
     notes = ["sequences of one batch are padded on the right: GroupQueryAttention takes their lengths from the mask"]
+    notes += notes_of(source)
     if _positions(decoder) < decoder.context:
         notes.append(f"the tables of rotation, and so the context, end at {_positions(decoder)} tokens")
     return ExportPlan(total, 2, source.dropped, tuple(notes))
@@ -172,7 +182,7 @@ def _write(source: ExportSource, options: ExportOptions, target: Target, progres
         file.write(model.SerializeToString())
         file.flush()
         os.fsync(file.fileno())
-    write_config(source, target.folder, None, options.rest)
+    write_companions(source, target.folder, options.rest)
     write_json_atomically(target.folder / "genai_config.json", genai_config(source, decoder))
 
 
@@ -191,7 +201,7 @@ def genai_config(source: ExportSource, decoder: Decoder) -> dict[str, Any]:
     }
     return {
         "model": {
-            "type": source.spec.config["model_type"],
+            "type": decoder.model_type,
             **{key: value for key, value in special.items() if value is not None},  # it refuses null, not absence
             "context_length": _positions(decoder),
             "vocab_size": decoder.vocabulary,
@@ -265,7 +275,7 @@ def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
 
 ONNX = Format(
     name="onnx",
-    summary="ONNX with MatMulNBits, 4 or 8 bits: consecutive groups, symmetric or not; qwen2 and qwen3",
+    summary="ONNX with MatMulNBits, 4 or 8 bits: consecutive groups, symmetric or not; dense models",
     runtimes=("onnxruntime-genai", "ONNX Runtime"),
     extra="onnx",
     check=_check,

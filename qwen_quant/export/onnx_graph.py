@@ -1,4 +1,4 @@
-"""A decoder (qwen2, qwen3) as an ONNX graph with ONNX Runtime's own operators, as onnxruntime-genai runs it.
+"""A decoder (qwen, qwen2, qwen3) as an ONNX graph with ONNX Runtime's own operators, as onnxruntime-genai runs it.
 
 Inputs (B sequences, L new tokens, S = past + L):
 
@@ -77,28 +77,41 @@ class Graph:
         return self.add("Add", [product, self.plain(self, bias)], f"{name}.biased") if self.has(bias) else product
 
 
-def _query_or_key(graph: Graph, x: str, name: str, part: str, count: int) -> str:
-    """Projection of all heads [B, L, count * head_dim], normed head by head where the model has such a norm."""
-    value, norm = graph.project(x, f"{name}{part}_proj"), f"{name}{part}_norm.weight"
-    if not graph.has(norm):
+def _normed_heads(graph: Graph, value: str, index: int, part: str, count: int) -> str:
+    """Queries or keys [B, L, count * head_dim], normed head by head where the model has such a norm."""
+    name = graph.decoder.name(index, f"{part}_norm")
+    if not graph.has(f"{name}.weight"):
         return value
     width = graph.decoder.head_dim
-    heads = graph.add("Reshape", [value, graph.ints(0, 0, count, width)], f"{name}{part}_heads")
-    normed = graph.norm(heads, norm, f"{name}{part}_normed")
-    return graph.add("Reshape", [normed, graph.ints(0, 0, count * width)], f"{name}{part}_merged")
+    heads = graph.add("Reshape", [value, graph.ints(0, 0, count, width)], f"{name}.heads")
+    normed = graph.norm(heads, f"{name}.weight", f"{name}.normed")
+    return graph.add("Reshape", [normed, graph.ints(0, 0, count * width)], f"{name}.merged")
+
+
+def _queries_keys_values(graph: Graph, x: str, index: int) -> list[str]:
+    """Three projections, or the parts of one that holds them one after another."""
+    decoder = graph.decoder
+    fused = decoder.name(index, "qkv")
+    if not fused:
+        return [graph.project(x, decoder.name(index, part)) for part in "qkv"]
+    parts = [f"{fused}.{part}" for part in "qkv"]
+    sizes = [count * decoder.head_dim for count in (decoder.heads, decoder.kv_heads, decoder.kv_heads)]
+    graph.many("Split", [graph.project(x, fused), graph.ints(*sizes)], parts, axis=-1)
+    return parts
 
 
 def _attention(graph: Graph, x: str, index: int) -> str:
-    decoder, name = graph.decoder, f"{graph.decoder.layer(index)}self_attn."
-    query = _query_or_key(graph, x, name, "q", decoder.heads)
-    key = _query_or_key(graph, x, name, "k", decoder.kv_heads)
-    value = graph.project(x, f"{name}v_proj")
+    decoder = graph.decoder
+    output = decoder.name(index, "o")
+    query, key, value = _queries_keys_values(graph, x, index)
+    query = _normed_heads(graph, query, index, "q", decoder.heads)
+    key = _normed_heads(graph, key, index, "k", decoder.kv_heads)
     past, present = f"past_key_values.{index}.", f"present.{index}."
     state = [f"{past}key", f"{past}value", "lengths", "total_length", "rotation.cos", "rotation.sin"]
     graph.many(
         "GroupQueryAttention",
         [query, key, value, *state],
-        [f"{name}mixed", f"{present}key", f"{present}value"],
+        [f"{output}.mixed", f"{present}key", f"{present}value"],
         domain=DOMAIN,
         num_heads=decoder.heads,
         kv_num_heads=decoder.kv_heads,
@@ -106,18 +119,18 @@ def _attention(graph: Graph, x: str, index: int) -> str:
         do_rotary=1,
         rotary_interleaved=0,
     )
-    return graph.project(f"{name}mixed", f"{name}o_proj")
+    return graph.project(f"{output}.mixed", output)
 
 
 def _block(graph: Graph, x: str, index: int) -> str:
-    name = graph.decoder.layer(index)
-    normed = graph.norm(x, f"{name}input_layernorm.weight", f"{name}normed")
-    x = graph.add("Add", [x, _attention(graph, normed, index)], f"{name}attended")
-    normed = graph.norm(x, f"{name}post_attention_layernorm.weight", f"{name}normed_again")
-    gate, up = graph.project(normed, f"{name}mlp.gate_proj"), graph.project(normed, f"{name}mlp.up_proj")
-    swish = graph.add("Mul", [gate, graph.add("Sigmoid", [gate], f"{name}mlp.sigmoid")], f"{name}mlp.silu")
-    inner = graph.add("Mul", [swish, up], f"{name}mlp.inner")
-    return graph.add("Add", [x, graph.project(inner, f"{name}mlp.down_proj")], f"{name}output")
+    names = {role: graph.decoder.name(index, role) for role in ("attention_norm", "mlp_norm", "gate", "up", "down")}
+    normed = graph.norm(x, f"{names['attention_norm']}.weight", f"{names['attention_norm']}.normed")
+    x = graph.add("Add", [x, _attention(graph, normed, index)], f"block.{index}.attended")
+    normed = graph.norm(x, f"{names['mlp_norm']}.weight", f"{names['mlp_norm']}.normed")
+    gate, up = graph.project(normed, names["gate"]), graph.project(normed, names["up"])
+    swish = graph.add("Mul", [gate, graph.add("Sigmoid", [gate], f"{names['gate']}.sigmoid")], f"{names['gate']}.silu")
+    inner = graph.add("Mul", [swish, up], f"{names['down']}.input")
+    return graph.add("Add", [x, graph.project(inner, names["down"])], f"block.{index}.output")
 
 
 def _lengths(graph: Graph) -> None:
@@ -133,11 +146,11 @@ def build_nodes(graph: Graph) -> None:
     """Fill `graph` with every node of the decoder."""
     decoder = graph.decoder
     _lengths(graph)
-    embedding = f"{decoder.prefix}embed_tokens.weight"
+    embedding = f"{decoder.embedding}.weight"
     x = graph.add("Gather", [graph.plain(graph, embedding), "input_ids"], "embedded")
     for index in range(decoder.layers):
         x = _block(graph, x, index)
-    x = graph.norm(x, f"{decoder.prefix}norm.weight", "normed")
+    x = graph.norm(x, f"{decoder.final_norm}.weight", "normed")
     if decoder.tied:
         turned = graph.add("Transpose", [graph.plain(graph, embedding)], "head.turned", perm=[1, 0])
         graph.add("MatMul", [x, turned], "logits")

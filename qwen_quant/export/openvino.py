@@ -31,8 +31,8 @@ from qwen_quant.checkpoint.reader import raw_bytes
 from qwen_quant.environment import free_disk_bytes
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.export import checks
-from qwen_quant.export.decoder import kept_parts, packed_zeros, read_decoder, refusals
-from qwen_quant.export.folder import REST_DTYPES, items, kept_dtype, write_config
+from qwen_quant.export.decoder import kept_parts, notes_of, packed_zeros, read_decoder, refusals, write_companions
+from qwen_quant.export.folder import REST_DTYPES, items, kept_dtype
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
 from qwen_quant.export.openvino_graph import Linear, Weights, build_model, opset
 from qwen_quant.export.pivot import PackedRows, pack_codes, unpack_codes
@@ -91,6 +91,7 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
         "for FP32 logits compile with INFERENCE_PRECISION_HINT=f32, KV_CACHE_PRECISION=f32 and"
         " DYNAMIC_QUANTIZATION_GROUP_SIZE=0: by default OpenVINO may round them to 16 or 8 bits"
     ]
+    notes += notes_of(source)
     if not _tokenizers_installed():
         notes.append("no tokenizer in IR: openvino-genai needs one: pip install openvino-tokenizers and export again")
     return ExportPlan(total, 2, source.dropped, tuple(notes))
@@ -218,17 +219,17 @@ def _write(source: ExportSource, options: ExportOptions, target: Target, progres
     for suffix in (".xml", ".bin"):
         with open((target.folder / MODEL_FILE).with_suffix(suffix), "rb") as file:
             os.fsync(file.fileno())
-    write_config(source, target.folder, None, options.rest)
+    write_companions(source, target.folder, options.rest)
     if _tokenizers_installed():
-        _write_tokenizer(source.folder, target.folder)
+        _write_tokenizer(target.folder)
 
 
-def _write_tokenizer(artifact: Path, folder: Path) -> None:
-    """openvino_tokenizer.xml and openvino_detokenizer.xml, made from the artifact's tokenizer files."""
+def _write_tokenizer(folder: Path) -> None:
+    """openvino_tokenizer.xml and openvino_detokenizer.xml, made from the tokenizer files beside them."""
     from transformers import AutoTokenizer
 
     library = require("openvino_tokenizers", "openvino", "openvino")
-    tokenizer = AutoTokenizer.from_pretrained(artifact, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     models = library.convert_tokenizer(tokenizer, with_detokenizer=True)
     for model, name in zip(models, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
         _openvino().save_model(model, str(folder / name), compress_to_fp16=False)
@@ -271,7 +272,7 @@ def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
 
 OPENVINO = Format(
     name="openvino",
-    summary="OpenVINO IR of the whole decoder, u4 or u8: symmetric or not, act-order too; qwen2 and qwen3",
+    summary="OpenVINO IR of the whole decoder, u4 or u8: symmetric or not, act-order too; dense models",
     runtimes=("openvino-genai", "OpenVINO (CPU, GPU)"),
     extra="openvino",
     check=_check,

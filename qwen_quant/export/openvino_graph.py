@@ -1,4 +1,4 @@
-"""A decoder (qwen2, qwen3) as an OpenVINO graph with its KV cache inside, op by op.
+"""A decoder (qwen, qwen2, qwen3) as an OpenVINO graph with its KV cache inside, op by op.
 
 Inputs (B sequences, L new tokens, S = past + L):
 
@@ -159,13 +159,23 @@ def _repeated(x: Any, decoder: Decoder, step: _Step) -> Any:
     return op.reshape(wide, _ints(0, decoder.heads, -1, decoder.head_dim), True)
 
 
+def _queries_keys_values(x: Any, index: int, decoder: Decoder, weights: Weights) -> dict[str, Any]:
+    """Three projections, or the parts of one that holds them one after another."""
+    op, fused = opset(), decoder.name(index, "qkv")
+    if not fused:
+        return {part: linear(x, decoder.name(index, part), weights) for part in "qkv"}
+    sizes = _ints(*(count * decoder.head_dim for count in (decoder.heads, decoder.kv_heads, decoder.kv_heads)))
+    divided = op.variadic_split(linear(x, fused, weights), _ints(2), sizes)
+    return {part: divided.output(k) for k, part in enumerate("qkv")}
+
+
 def _attention(x: Any, index: int, decoder: Decoder, weights: Weights, shared: tuple[_Step, _Cache]) -> Any:
     """Self-attention of block `index` on normed hidden states [B, L, hidden]."""
-    op, (step, cache), name = opset(), shared, f"{decoder.layer(index)}self_attn."
-    parts = {}
+    op, (step, cache) = opset(), shared
+    parts, projected = {}, _queries_keys_values(x, index, decoder, weights)
     for part, count in (("q", decoder.heads), ("k", decoder.kv_heads), ("v", decoder.kv_heads)):
-        value = _heads(linear(x, f"{name}{part}_proj", weights), count, decoder.head_dim)
-        norm = weights.plain.get(f"{name}{part}_norm.weight")
+        value = _heads(projected[part], count, decoder.head_dim)
+        norm = weights.plain.get(f"{decoder.name(index, f'{part}_norm')}.weight")
         value = value if norm is None else rms_norm(value, norm, decoder.eps)
         value = op.transpose(value, _ints(0, 2, 1, 3))
         parts[part] = value if part == "v" else _rotated(value, step, decoder.head_dim)
@@ -177,17 +187,17 @@ def _attention(x: Any, index: int, decoder: Decoder, weights: Weights, shared: t
         parts["q"], _repeated(keys, decoder, step), _repeated(values, decoder, step), step.mask, scale, causal=False
     )
     merged = op.reshape(op.transpose(mixed, _ints(0, 2, 1, 3)), _ints(0, 0, decoder.heads * decoder.head_dim), True)
-    return linear(merged, f"{name}o_proj", weights)
+    return linear(merged, decoder.name(index, "o"), weights)
 
 
 def _block(x: Any, index: int, decoder: Decoder, weights: Weights, shared: tuple[_Step, _Cache]) -> Any:
-    op, name = opset(), decoder.layer(index)
-    normed = rms_norm(x, weights.plain[f"{name}input_layernorm.weight"], decoder.eps)
+    op, names = opset(), {role: decoder.name(index, role) for role in decoder.roles}
+    normed = rms_norm(x, weights.plain[f"{names['attention_norm']}.weight"], decoder.eps)
     x = op.add(x, _attention(normed, index, decoder, weights, shared))
-    normed = rms_norm(x, weights.plain[f"{name}post_attention_layernorm.weight"], decoder.eps)
-    gate = op.swish(linear(normed, f"{name}mlp.gate_proj", weights))
-    inner = op.multiply(gate, linear(normed, f"{name}mlp.up_proj", weights))
-    return op.add(x, linear(inner, f"{name}mlp.down_proj", weights))
+    normed = rms_norm(x, weights.plain[f"{names['mlp_norm']}.weight"], decoder.eps)
+    gate = op.swish(linear(normed, names["gate"], weights))
+    inner = op.multiply(gate, linear(normed, names["up"], weights))
+    return op.add(x, linear(inner, names["down"], weights))
 
 
 def build_model(decoder: Decoder, weights: Weights) -> Any:
@@ -199,7 +209,7 @@ def build_model(decoder: Decoder, weights: Weights) -> Any:
         inputs[name] = op.parameter(shape, np.int32 if name == "beam_idx" else np.int64, name=name)
         inputs[name].output(0).set_names({name})
     ids = inputs["input_ids"]
-    embedding = weights.plain[f"{decoder.prefix}embed_tokens.weight"]
+    embedding = weights.plain[f"{decoder.embedding}.weight"]
     cosine, sine = _rotation(decoder, inputs["position_ids"])
     batch = op.gather(op.shape_of(ids, "i64"), _ints(0), _ints(0))
     step = _Step(cosine, sine, _mask(ids, inputs["attention_mask"]), batch, inputs["beam_idx"])
@@ -207,7 +217,7 @@ def build_model(decoder: Decoder, weights: Weights) -> Any:
     x = op.gather(embedding, ids, _ints(0))
     for index in range(decoder.layers):
         x = _block(x, index, decoder, weights, (step, cache))
-    x = rms_norm(x, weights.plain[f"{decoder.prefix}norm.weight"], decoder.eps)
+    x = rms_norm(x, weights.plain[f"{decoder.final_norm}.weight"], decoder.eps)
     head = Linear(embedding) if decoder.tied else weights.linears.get(decoder.head)
     named = weights if head is None else Weights({**weights.linears, decoder.head: head}, weights.plain)
     logits = op.result(linear(x, decoder.head, named))

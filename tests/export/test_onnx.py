@@ -13,7 +13,7 @@ import torch
 
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.export import onnx
-from qwen_quant.export.decoder import kept_parts, packed_zeros, unpacked_zeros
+from qwen_quant.export.decoder import kept_parts, notes_of, packed_zeros, read_decoder, unpacked_zeros, write_companions
 from qwen_quant.export.export import ExportJob, export_artifact
 from qwen_quant.export.formats import ExportOptions
 from qwen_quant.export.source import ExportSource
@@ -23,6 +23,7 @@ from qwen_quant.runtime.loading import load_model
 from tests.export.making import edit, gptq_folder
 from tests.support.checkpoints import make_checkpoint
 from tests.support.moe import make_family_checkpoint
+from tests.support.qwen1 import copy_checkpoint
 
 HAS_ONNX = importlib.util.find_spec("onnx") is not None
 HAS_RUNTIME = HAS_ONNX and importlib.util.find_spec("onnxruntime") is not None
@@ -30,7 +31,10 @@ needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs onnx: pip install 'q
 
 
 def artifact(folder: Path, family: str = "qwen2", *, tied: bool = True, **how: Any) -> Path:
-    make_checkpoint(folder / "model", family, tied=tied)
+    if family == "qwen":
+        copy_checkpoint(folder / "model", "tiny7b")
+    else:
+        make_checkpoint(folder / "model", family, tied=tied)
     gptq_folder(folder / "model", folder / "q", **how)
     return folder / "q"
 
@@ -67,6 +71,22 @@ def test_a_value_beyond_fp16_is_not_made_infinite(tmp_path: Path) -> None:
     assert torch.equal(kept, source.reader.read("model.norm.weight"))
 
 
+def test_a_first_generation_model_is_described_as_qwen2(tmp_path: Path) -> None:
+    source = ExportSource(artifact(tmp_path, "qwen"))
+    assert onnx.ONNX.check(source) == [] and any("LogN" in note for note in notes_of(source))
+    decoder, config = read_decoder(source), source.spec.config
+    assert decoder.name(1, "qkv") == "transformer.h.1.attn.c_attn" and decoder.name(1, "q_norm") == ""
+    assert (decoder.name(0, "gate"), decoder.name(0, "up")) == ("transformer.h.0.mlp.w2", "transformer.h.0.mlp.w1")
+    exponents = torch.arange(0, decoder.head_dim, 2) / decoder.head_dim
+    assert torch.allclose(decoder.inv_freq, float(config["rotary_emb_base"]) ** -exponents)
+    out = tmp_path / "out"
+    out.mkdir()
+    write_companions(source, out, "f32")
+    written = json.loads((out / "config.json").read_text())
+    assert (written["model_type"], written["torch_dtype"]) == ("qwen2", "float32")
+    assert written["intermediate_size"] == config["intermediate_size"] // 2
+
+
 @pytest.mark.skipif(HAS_ONNX, reason="onnx is installed")
 def test_a_missing_library_names_the_extra_before_anything_is_written(tmp_path: Path) -> None:
     folder = artifact(tmp_path)
@@ -88,18 +108,24 @@ def logits(session: Any, ids: torch.Tensor, past: list[np.ndarray]) -> tuple[tor
 @needs_onnx
 @pytest.mark.parametrize(
     ("family", "tied", "how"),
-    [("qwen2", True, {}), ("qwen3", False, {"sym": False}), ("qwen3", True, {"bits": 8, "sym": False})],
+    [
+        ("qwen2", True, {}),
+        ("qwen3", False, {"sym": False}),
+        ("qwen3", True, {"bits": 8, "sym": False}),
+        ("qwen", False, {}),
+    ],
 )
 def test_the_graph_gives_the_logits_of_the_dequantized_model(
     tmp_path: Path, family: str, tied: bool, how: dict[str, Any]
 ) -> None:
     folder = artifact(tmp_path, family, tied=tied, **how)
     result = export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
-    assert result.proof.exact and result.proof.equal_linears == 14
+    assert result.proof.exact and result.proof.equal_linears == len(ExportSource(folder).linears)
     model = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
     assert None not in model.values()  # onnxruntime-genai refuses null, as where a config names no special token
     decoder = model["decoder"]
-    assert (decoder["filename"], decoder["head_size"], decoder["num_key_value_heads"]) == ("model.onnx", 32, 2)
+    assert decoder["filename"] == "model.onnx" and model["type"] == ("qwen2" if family == "qwen" else family)
+    assert family == "qwen" or (decoder["head_size"], decoder["num_key_value_heads"]) == (32, 2)
     if not HAS_RUNTIME:
         return
     import onnxruntime
@@ -108,7 +134,8 @@ def test_the_graph_gives_the_logits_of_the_dequantized_model(
     with torch.no_grad():
         expected = load_model(folder)(ids).logits
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
-    first, past = logits(session, ids[:, :9], [np.zeros((2, 2, 0, 32), dtype=np.float32)] * 4)
+    empty = np.zeros((2, decoder["num_key_value_heads"], 0, decoder["head_size"]), dtype=np.float32)
+    first, past = logits(session, ids[:, :9], [empty] * 2 * decoder["num_hidden_layers"])
     steps = [first]
     for k in range(9, 12):
         step, past = logits(session, ids[:, k : k + 1], past)
