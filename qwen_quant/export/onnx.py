@@ -183,12 +183,12 @@ def _write(source: ExportSource, options: ExportOptions, target: Target, progres
         file.flush()
         os.fsync(file.fileno())
     write_companions(source, target.folder, options.rest)
-    write_json_atomically(target.folder / "genai_config.json", genai_config(source, decoder))
+    write_json_atomically(target.folder / "genai_config.json", genai_config(source, decoder, target.folder))
 
 
-def genai_config(source: ExportSource, decoder: Decoder) -> dict[str, Any]:
+def genai_config(source: ExportSource, decoder: Decoder, folder: Path) -> dict[str, Any]:
     """genai_config.json; ids of special tokens come from generation_config.json, or else from config.json."""
-    path = source.folder / "generation_config.json"
+    path = folder / "generation_config.json"
     generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     tokens = {**source.spec.config, **{key: value for key, value in generation.items() if value is not None}}
     end = tokens.get("eos_token_id")
