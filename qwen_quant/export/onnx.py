@@ -14,20 +14,21 @@ source and converted to FP32 in the graph.  The data file is written tensor by t
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_quant.checkpoint.reader import raw_bytes
 from qwen_quant.errors import AuditError
 from qwen_quant.export import checks
+from qwen_quant.export.behind import Behind, write_at
 from qwen_quant.export.decoder import (
     Decoder,
     kept_parts,
@@ -38,7 +39,7 @@ from qwen_quant.export.decoder import (
     unpacked_zeros,
     write_companions,
 )
-from qwen_quant.export.folder import REST_DTYPES, items, kept_dtype
+from qwen_quant.export.folder import COMMIT_BYTES, REST_DTYPES, Specs, items, kept_dtype
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target
 from qwen_quant.export.onnx_graph import DOMAIN, Graph, build_model, build_nodes, onnx
 from qwen_quant.export.pivot import LinearGrid, PackedRows, consecutive_groups
@@ -93,42 +94,55 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
     return ExportPlan(total, 2, source.dropped, tuple(notes))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Data:
-    """The data file while it is written, and the TensorProtos that name places in it."""
+    """The data file while it is written, and the TensorProtos that name places in it.
 
-    file: BinaryIO
-    protos: dict[str, Any]
+    Places follow from shapes alone, so what an earlier run has written is passed over by giving no `parts`.
+    """
 
-    def add(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Iterable[Tensor]) -> None:
-        """Append one tensor, its bytes in parts."""
+    handle: int
+    behind: Behind
+    end: int = 0
+    protos: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Iterable[Tensor] | None) -> None:
+        """Append one tensor, its bytes in parts (None: they are there)."""
         library = onnx()
-        self.file.write(bytes(-self.file.tell() % _ALIGNMENT))
-        start = self.file.tell()
-        for part in parts:
-            self.file.write(raw_bytes(part))
+        start = self.end = -(-self.end // _ALIGNMENT) * _ALIGNMENT
+        size = math.prod(shape) * dtype.itemsize
+        for part in parts or ():
+            self.end += write_at(self.handle, self.behind, self.end, part.contiguous())
+        if parts is not None and self.end != start + size:
+            raise AuditError(f"'{name}' has {self.end - start} bytes", f"planned {size}")
+        self.end = start + size
         kind = getattr(library.TensorProto, _KINDS[dtype])
         proto = library.TensorProto(name=name, data_type=kind, dims=shape)
         proto.data_location = library.TensorProto.EXTERNAL
-        facts = {"location": DATA_FILE, "offset": start, "length": self.file.tell() - start}
-        for key, value in facts.items():
+        for key, value in {"location": DATA_FILE, "offset": start, "length": size}.items():
             proto.external_data.add(key=key, value=str(value))
         self.protos[name] = proto
 
 
-def _add_linear(source: ExportSource, name: str, data: _Data) -> None:
-    packed, facts = source.packed(name), source.facts
-    (out, width), groups = packed.shape, packed.grid.scales.shape[1]
-    data.add(f"{name}.codes", torch.uint8, (out, groups, width // groups * facts.bits // 8), [packed.stream])
-    data.add(f"{name}.scales", torch.float32, (out, groups), [packed.grid.scales.float()])
+def _add_linear(source: ExportSource, name: str, data: _Data, *, known: bool) -> None:
+    facts, groups, (out, width) = source.facts, source.groups(name), source.shape(name)
+    tensors = None if known else _tensors(source, name)
+    shapes: Specs = {"codes": (torch.uint8, (out, groups, width // groups * facts.bits // 8))}
+    shapes["scales"] = (torch.float32, (out, groups))
     if not facts.sym:
-        zeros = packed_zeros(packed.grid.zeros, facts.bits)
-        data.add(f"{name}.zeros", torch.uint8, tuple(zeros.shape), [zeros])
+        shapes["zeros"] = (torch.uint8, (out, _zero_bytes(groups, facts.bits)))
+    for part, (dtype, shape) in shapes.items():
+        data.add(f"{name}.{part}", dtype, shape, None if tensors is None else [tensors[part]])
 
 
-def _add_kept(source: ExportSource, name: str, dtype: torch.dtype, data: _Data) -> None:
-    info = source.reader.info(name)
-    data.add(name, dtype, info.shape, kept_parts(source, name, dtype))
+def _tensors(source: ExportSource, name: str) -> dict[str, Tensor]:
+    packed = source.packed(name)
+    zeros = packed_zeros(packed.grid.zeros, packed.bits)
+    return {"codes": packed.stream, "scales": packed.grid.scales.float(), "zeros": zeros}
+
+
+def _add_kept(source: ExportSource, name: str, dtype: torch.dtype, data: _Data, *, known: bool) -> None:
+    data.add(name, dtype, source.reader.info(name).shape, None if known else kept_parts(source, name, dtype))
 
 
 def _add_rotation(decoder: Decoder, data: _Data) -> None:
@@ -163,21 +177,41 @@ def _graph(source: ExportSource, decoder: Decoder) -> Graph:
     return graph
 
 
+def _write_data(
+    source: ExportSource, options: ExportOptions, target: Target, decoder: Decoder, progress: ProgressFn
+) -> list[Any]:
+    """The data file; continues after the item that `target.state` counts last. Returns its TensorProtos."""
+    linears, names, path = set(source.linears), items(source), target.folder / DATA_FILE
+    done, committed = int(target.state.get("items_done", 0)) if path.is_file() else 0, 0
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with Behind() as behind:
+            data = _Data(handle, behind)
+            for k, name in enumerate(names):
+                progress("writing", k, len(names))
+                if name in linears:
+                    _add_linear(source, name, data, known=k < done)
+                else:
+                    _add_kept(source, name, kept_dtype(source, name, options), data, known=k < done)
+                committed = data.end if k < done else committed
+                if data.end - committed >= COMMIT_BYTES:
+                    behind.drain()
+                    os.fdatasync(handle)
+                    target.commit({"items_done": k + 1})
+                    committed = data.end
+            _add_rotation(decoder, data)
+        os.ftruncate(handle, data.end)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return list(data.protos.values())
+
+
 def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
-    """Data first, then the graph that speaks of it, then configs; a killed run writes its files again."""
-    linears, names, decoder = set(source.linears), items(source), read_decoder(source)
-    with open(target.folder / DATA_FILE, "wb") as file:
-        data = _Data(file, {})
-        for k, name in enumerate(names):
-            progress("writing", k, len(names))
-            if name in linears:
-                _add_linear(source, name, data)
-            else:
-                _add_kept(source, name, kept_dtype(source, name, options), data)
-        _add_rotation(decoder, data)
-        file.flush()
-        os.fsync(file.fileno())
-    model = build_model(_graph(source, decoder), list(data.protos.values()))
+    """Data first, then the graph that speaks of it, then configs."""
+    decoder = read_decoder(source)
+    tensors = _write_data(source, options, target, decoder, progress)
+    model = build_model(_graph(source, decoder), tensors)
     with open(target.folder / MODEL_FILE, "wb") as file:
         file.write(model.SerializeToString())
         file.flush()

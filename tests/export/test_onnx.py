@@ -145,6 +145,28 @@ def test_the_graph_gives_the_logits_of_the_dequantized_model(
 
 
 @needs_onnx
+def test_a_killed_export_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = artifact(tmp_path, sym=False)
+    monkeypatch.setattr(onnx, "COMMIT_BYTES", 1)
+    export_artifact(ExportJob(folder, tmp_path / "whole", "onnx"), no_progress)
+    real, read = onnx._tensors, []
+
+    def dies(source: ExportSource, name: str) -> dict[str, torch.Tensor]:
+        read.append(name)
+        if len(read) == 6:
+            raise KeyboardInterrupt
+        return real(source, name)
+
+    monkeypatch.setattr(onnx, "_tensors", dies)
+    with pytest.raises(KeyboardInterrupt):
+        export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
+    export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
+    assert len(read) == 15 and read[5] == read[6]  # 14 linears, the sixth twice
+    for name in (onnx.MODEL_FILE, onnx.DATA_FILE):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@needs_onnx
 def test_a_changed_byte_is_found(tmp_path: Path) -> None:
     folder = artifact(tmp_path)
     export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
