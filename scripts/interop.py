@@ -69,6 +69,7 @@ CONSUMERS = (
         ("compressed-tensors",),
         "f32",
         arithmetic="fp16_experts",
+        limit=2e-3,  # all between the inputs of an expert and its output is FP16, of which the products are copied here
     ),
     Consumer("GPTQModel", "run_gptqmodel.py", "gptqmodel", ("gptq", "gptq_v2"), arithmetic="fp16_weights", limit=2e-2),
     Consumer("GPTQModel", "run_gptqmodel.py", "gptqmodel", ("awq",), arithmetic="fp16_linears", limit=2e-2),

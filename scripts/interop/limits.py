@@ -11,9 +11,10 @@ LOGIT_LIMIT = 1e-3  # FP32 sums in another order, over 30 blocks and logits of 3
 GREEDY_TOKENS = 10
 FLOOR_FACTOR = 2.0  # a difference may be this many times what the consumer does to the same weights in FP32
 NOISE_FACTOR = 3.0  # a consumer may differ from the same rounding in our runtime by this many times its noise
-# A consumer's own words for "I do not know this architecture".
+# A consumer's own words for "I do not know this architecture" (vLLM: "... these settings").
 _UNKNOWN = re.compile(
     "unknown model architecture|not supported|isn't supported|does not recognize this architecture|not recognized"
+    "|Unsupported quantization config"
 )
 
 
@@ -52,6 +53,13 @@ LIMITS = (
         "tiny-qwen4_exp",
         "gptq|gptq_v2|awq|compressed-tensors",
         "with a quantizer, transformers 5.23 loses the parts of the n-gram table (the same tensors load without one)",
+    ),
+    Limit(
+        "GPTQModel",
+        "tiny-qwen3_5-vision",
+        "gptq|gptq_v2|awq",
+        "it asks for the image processor that published checkpoints have and the tiny one has not;"
+        " transformers + gptqmodel reads the same folder",
     ),
     Limit(
         "transformers gguf",

@@ -26,11 +26,12 @@ reference is our own runtime on the artifact, dequantized, in FP32.
   computes in FP32.
 - **texts**: on how many of the tokenizer's 300 golden strings the consumer's tokenizer, read from the file, agrees with
   ours. Five of them are not in Unicode NFC, and GGUF has no place for a normalizer: those differ.
-- **verdict**: "equal" is within 0.001 (GPTQModel: 0.02). "up to its rounding": equal to our runtime with the same
-  rounding at the first position, and within three times the noise of that rounding everywhere. "up to its own noise":
-  within twice the floor. (1): a limit of the consumer, found in its code. (2): vLLM's packed product exists in its
-  AVX-512 build only and this CPU has none; a product in torch of the tensors as vLLM loaded, merged and repacked them
-  stood in for that one kernel. vLLM gives log-probabilities and runs in FP16: both sides are compared as those.
+- **verdict**: "equal" is within 0.001 (GPTQModel: 0.02; transformers with compressed-tensors, for its experts: 0.002).
+  "up to its rounding": equal to our runtime with the same rounding at the first position, and within three times the
+  noise of that rounding everywhere. "up to its own noise": within twice the floor. (1): a limit of the consumer, found
+  in its code. (2): vLLM's packed product exists in its AVX-512 build only, and this CPU has none; a product in torch of
+  the tensors as vLLM loaded, merged and repacked them stood in for that one kernel. vLLM gives log-probabilities and
+  runs in FP16: both sides are compared as log-probabilities.
 
 """
 COLUMNS = (
