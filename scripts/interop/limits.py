@@ -14,7 +14,7 @@ NOISE_FACTOR = 3.0  # a consumer may differ from the same rounding in our runtim
 # A consumer's own words for "I do not know this architecture" (vLLM: "... these settings").
 _UNKNOWN = re.compile(
     "unknown model architecture|not supported|isn't supported|does not recognize this architecture|not recognized"
-    "|Unsupported quantization config"
+    "|Unsupported quantization config|No WNA16 MoE backend"
 )
 
 
@@ -73,7 +73,7 @@ LIMITS = (
 def why_not(consumer: str, artifact: str, format_name: str, said: str) -> str | None:
     """The known reason why this consumer fails on this row, or None; `said`: its own words."""
     if _UNKNOWN.search(said):
-        return f"not known to it: {said}"
+        return f"its words: {said}"
     for limit in LIMITS:
         parts = ((limit.consumer, consumer), (limit.artifact, artifact), (limit.format, format_name))
         if all(re.fullmatch(pattern, text) for pattern, text in parts):
