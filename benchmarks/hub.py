@@ -216,8 +216,8 @@ def real(work: Path, artifact: Path, repeat: int) -> dict[str, Any]:
     if not (folder / "LICENSE").is_file():
         (folder / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
     if not (folder / "report.json").is_file():
+        from qwen_quant.checkpoint.identity import weights_sha256_of
         from qwen_quant.checkpoint.manifest import read_manifest, seal
-        from qwen_quant.hub.card_facts import weights_sha256_of
 
         # No figure of this report is real: a push compares whose it is, and here only the transfer is measured.
         seal(folder, ["LICENSE"])

@@ -321,6 +321,7 @@ def _manifest(ready: Ready, identity: dict[str, Any], result: BnbResult, copied:
         "source": {"id": ready.job.source_id, "revision": ready.job.revision, "sha256": identity["source"]},
         "settings": identity["bnb"],
         "quantization_config": ready.settings,
+        "max_shard_size_bytes": identity["max_shard_size_bytes"],
         "versions": identity["versions"],
         "audit": {
             "quantized": len(result.linears),

@@ -31,7 +31,7 @@ from qwen_quant.bnb import NESTED_BLOCKSIZE, STATE_SUFFIX, blocks_of, int8_shape
 from qwen_quant.checkpoint.audit import FLOAT_DTYPES, Accounting, account
 from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
 from qwen_quant.checkpoint.manifest import QUANTIZE_CONFIG_FILE
-from qwen_quant.checkpoint.reader import DTYPE_NAMES, CheckpointReader
+from qwen_quant.checkpoint.reader import DTYPE_NAMES, CheckpointReader, natural_order
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, plan_shards
 from qwen_quant.environment import free_disk_bytes
 from qwen_quant.errors import AuditError, InputError
@@ -245,7 +245,7 @@ def prepare(job: BnbJob) -> Ready:
         job=job,
         spec=spec,
         reader=reader,
-        order=tuple(sorted(written, key=_natural_order)),
+        order=tuple(sorted(written, key=natural_order)),
         accounting=chosen,
         dtype=dtype,
         settings=settings_of(job.bnb, skip),
@@ -253,11 +253,6 @@ def prepare(job: BnbJob) -> Ready:
         warnings=_warnings(reader, chosen, job.bnb, dtype),
         work=WorkFolder(job.out.absolute()),
     )
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts block 10 after block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def kept_dtype(ready: Ready, name: str) -> torch.dtype:

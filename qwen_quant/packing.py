@@ -74,7 +74,7 @@ def _places(bits: int) -> tuple[int, int, list[tuple[int, int, int]]]:
     return codes, codes * bits // 8, parts
 
 
-def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [rows, n] -> int32 words [rows, n * bits / 32]."""
     per_unit, unit_bytes, parts = _places(bits)
     units = codes.contiguous().view(codes.shape[0], -1, per_unit)
@@ -84,7 +84,7 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     return stream.view(codes.shape[0], -1).view(torch.int32)
 
 
-def _unpack_rows(words: Tensor, bits: int) -> Tensor:
+def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """int32 words [rows, w] -> uint8 codes [rows, w * 32 / bits]."""
     per_unit, unit_bytes, parts = _places(bits)
     copy = words.clone(memory_format=torch.contiguous_format)  # .contiguous() keeps odd strides where a size is 1
@@ -115,13 +115,13 @@ def pack_weight(quantized: QuantizedWeight, bits: int, checkpoint_format: str) -
     specs = packed_specs(in_features, out_features, bits, -1)
     qweight = torch.empty(specs["qweight"][1], dtype=torch.int32, device=quantized.codes.device)
     for start, stop in _chunks(out_features, in_features):
-        qweight[:, start:stop] = _pack_rows(quantized.codes[start:stop], bits).mT
+        qweight[:, start:stop] = pack_rows(quantized.codes[start:stop], bits).mT
     zeros = quantized.zeros.mT
     if checkpoint_format == "gptq":
         zeros = (zeros - 1) & (2**bits - 1)
     return {
         "qweight": qweight,
-        "qzeros": _pack_rows(zeros, bits),
+        "qzeros": pack_rows(zeros, bits),
         "scales": quantized.scales.mT.contiguous(),
         "g_idx": quantized.g_idx,
     }
@@ -136,8 +136,8 @@ def unpack_weight(tensors: Mapping[str, Tensor], bits: int, checkpoint_format: s
     out_features, in_features = qweight.shape[1], qweight.shape[0] * WORD_BITS // bits
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=qweight.device)
     for start, stop in _chunks(out_features, in_features):
-        codes[start:stop] = _unpack_rows(qweight[:, start:stop].mT, bits)
-    zeros = _unpack_rows(tensors["qzeros"], bits)
+        codes[start:stop] = unpack_rows(qweight[:, start:stop].mT, bits)
+    zeros = unpack_rows(tensors["qzeros"], bits)
     if checkpoint_format == "gptq":
         zeros = (zeros + 1) & (2**bits - 1)
     return QuantizedWeight(codes, tensors["scales"].mT.contiguous(), zeros.mT.contiguous(), tensors["g_idx"])

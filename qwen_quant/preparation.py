@@ -15,7 +15,7 @@ from qwen_quant.calibration import CalibrationSet, load_calibration
 from qwen_quant.checkpoint.audit import Accounting, account
 from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
 from qwen_quant.checkpoint.manifest import QUANTIZE_CONFIG_FILE
-from qwen_quant.checkpoint.reader import CheckpointReader
+from qwen_quant.checkpoint.reader import CheckpointReader, natural_order
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, plan_shards
 from qwen_quant.errors import InputError
 from qwen_quant.memory import Footprint, check_fits, footprint, stream_rows
@@ -94,7 +94,7 @@ def plan_tensors(reader: CheckpointReader, accounting: Accounting, config: GPTQC
     """Every tensor of the artifact in the source's order: kept ones as they are, linears as their packed four."""
     quantized = set(accounting.quantized)
     planned = []
-    for name in sorted(reader.names, key=_natural_order):
+    for name in sorted(reader.names, key=natural_order):
         info = reader.info(name)
         if name in quantized:
             base = name.removesuffix(".weight")
@@ -103,11 +103,6 @@ def plan_tensors(reader: CheckpointReader, accounting: Accounting, config: GPTQC
         elif name in accounting.kept:
             planned.append(PlannedTensor(name, info.dtype, info.shape))
     return planned
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts block 10 after block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def prepare(job: QuantizeJob, *, writing: bool = True) -> Prepared:

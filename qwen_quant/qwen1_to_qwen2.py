@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwen_quant.checkpoint.moves import Move
-from qwen_quant.checkpoint.reader import CheckpointReader, TensorInfo
+from qwen_quant.checkpoint.reader import CheckpointReader, TensorInfo, natural_order
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.packing import SUFFIXES, packed_specs
 
@@ -89,12 +89,7 @@ def plan_moves(reader: CheckpointReader, expected: dict[str, tuple[int, ...]], b
             moves.append(_plain_move(reader, name, shape, targets))
     used = {move.source.name for move in moves}
     dropped = {name: _drop_reason(reader, name, zero_biases) for name in reader.names if name not in used}
-    return Relabelling(tuple(sorted(moves, key=lambda move: _natural_order(move.targets[0]))), dropped)
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts block 10 after block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return Relabelling(tuple(sorted(moves, key=lambda move: natural_order(move.targets[0]))), dropped)
 
 
 def _checked(

@@ -228,6 +228,7 @@ def _manifest(
             "seed": ready.job.calibration.seed,
         },
         "compute": {"device": identity["device"], "dtype": identity["compute_dtype"]},
+        "max_shard_size_bytes": identity["max_shard_size_bytes"],
         "versions": identity["versions"],
         "audit": {
             "quantized": len(ready.accounting.quantized),

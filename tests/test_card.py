@@ -19,13 +19,12 @@ from markdown_it import MarkdownIt
 
 from qwen_quant import cli
 from qwen_quant.checkpoint.families import FAMILIES
-from qwen_quant.checkpoint.identity import weights_sha256
+from qwen_quant.checkpoint.identity import weights_sha256, weights_sha256_of
 from qwen_quant.checkpoint.manifest import read_manifest
 from qwen_quant.errors import InputError
 from qwen_quant.evaluation.report import report_text
 from qwen_quant.hub import card_words
 from qwen_quant.hub.card import CardRequest, add_evidence, card_problems, make_card, write_card
-from qwen_quant.hub.card_facts import weights_sha256_of
 from qwen_quant.hub.card_markdown import code, escape, fence, signed
 from qwen_quant.hub.card_source import SourceCard, read_source_card, source_card, with_licence
 from qwen_quant.inspection import inspect_path

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from qwen_quant.checkpoint.reader import file_sha256
 from qwen_quant.errors import InputError
+
+CONFIG_FILE = "config.json"
 
 
 def weights_sha256(folder: Path) -> str:
@@ -17,9 +20,20 @@ def weights_sha256(folder: Path) -> str:
 
     Errors: InputError when the folder has no safetensors file.
     """
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = [path.name for path in folder.glob("*.safetensors")]
     if not names:
         raise InputError(f"{folder} has no weights", "there is no *.safetensors in it", "give a checkpoint folder")
-    names = sorted([*names, *(["config.json"] if (folder / "config.json").is_file() else [])])
-    lines = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in names)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    names += [CONFIG_FILE] if (folder / CONFIG_FILE).is_file() else []
+    return weights_sha256_of({name: file_sha256(folder / name) for name in names})
+
+
+def weights_sha256_of(hashes: Mapping[str, str], suffixes: tuple[str, ...] = (".safetensors",)) -> str:
+    """`weights_sha256` of a folder whose files have these hashes ("" where none is a weight file).
+
+    Args:
+        hashes: file name -> sha256. suffixes: what the names of weight files end in (exports have others).
+    """
+    names = sorted(name for name in hashes if name.endswith(suffixes) or name == CONFIG_FILE)
+    if names in ([], [CONFIG_FILE]):
+        return ""
+    return hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in names).encode()).hexdigest()

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qwen_quant.checkpoint.reader import CheckpointReader
+from qwen_quant.checkpoint.reader import CheckpointReader, natural_order
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, PlannedWriter, plan_shards
 from qwen_quant.errors import InputError
 from qwen_quant.export.behind import Behind, write_part, write_tensor
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Piece, Target
 from qwen_quant.export.pivot import PackedRows
 from qwen_quant.export.rows import row_pieces, stored_rows
-from qwen_quant.preparation import _natural_order
 from qwen_quant.progress import ProgressFn
 from qwen_quant.resume import write_json_atomically
 
@@ -52,7 +51,7 @@ def kept_dtype(source: ExportSource, name: str, options: ExportOptions) -> torch
 
 def items(source: ExportSource) -> list[str]:
     """Linears and kept tensors in the order in which they are written: block by block."""
-    return sorted((*source.linears, *source.kept), key=_natural_order)
+    return sorted((*source.linears, *source.kept), key=natural_order)
 
 
 def plan_shards_of(source: ExportSource, options: ExportOptions, encoding: Encoding) -> tuple[PlannedShard, ...]:
@@ -86,7 +85,7 @@ def write_weights(
 
     def write_item(name: str, behind: Behind) -> int:
         if name not in linears:
-            return _write_kept(source, writer, behind, name, kept_dtype(source, name, options))
+            return write_kept(source, writer, behind, name, kept_dtype(source, name, options))
         tensors = encoding.tensors(source, name).items()
         return sum(write_tensor(writer, behind, f"{name}.{suffix}", tensor) for suffix, tensor in tensors)
 
@@ -122,7 +121,7 @@ def write_items(
         writer.close()
 
 
-def _write_kept(source: ExportSource, writer: PlannedWriter, behind: Behind, name: str, dtype: torch.dtype) -> int:
+def write_kept(source: ExportSource, writer: PlannedWriter, behind: Behind, name: str, dtype: torch.dtype) -> int:
     """Copy a kept tensor in pieces, in `dtype`; returns its bytes. Errors: InputError when a value does not fit."""
     width, count = source.reader.info(name).dtype.itemsize, 0
     for start, part in source.reader.parts(name):

@@ -30,7 +30,7 @@ from qwen_quant.export.folder import (
 )
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target
 from qwen_quant.export.pivot import LinearGrid
-from qwen_quant.packing import SUFFIXES, WORD_BITS, _pack_rows, _unpack_rows, packed_specs
+from qwen_quant.packing import SUFFIXES, WORD_BITS, pack_rows, packed_specs, unpack_rows
 from qwen_quant.progress import ProgressFn
 from qwen_quant.recipe import GPTQConfig
 from qwen_quant.resume import write_json_atomically
@@ -90,7 +90,7 @@ class GptqLayout:
                 f"{self.reader.folder}: '{base}.g_idx' names a group outside 0..{scales.shape[0] - 1}",
                 next_step=_CHECK_STEP,
             )
-        zeros = _unpack_rows(self.reader.read(f"{base}.qzeros"), self.bits)
+        zeros = unpack_rows(self.reader.read(f"{base}.qzeros"), self.bits)
         if self.kind == "gptq":
             zeros = (zeros + 1) & (2**self.bits - 1)
         return LinearGrid(scales.mT.contiguous(), zeros.mT.contiguous(), g_idx)
@@ -125,7 +125,7 @@ def _tensors(source: ExportSource, name: str, checkpoint_format: str) -> dict[st
         zeros = (zeros - 1) & (2**bits - 1)
     return {
         "qweight": qweight,
-        "qzeros": _pack_rows(zeros, bits),
+        "qzeros": pack_rows(zeros, bits),
         "scales": grid.scales.half().mT.contiguous(),
         "g_idx": grid.g_idx,
     }

@@ -31,7 +31,7 @@ from qwen_quant.checkpoint.halves import SubBlock
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, PlannedWriter, plan_shards
 from qwen_quant.export import checks
 from qwen_quant.export.behind import Behind, write_part, write_tensor
-from qwen_quant.export.folder import REST_DTYPES, Steps, _write_kept, items, kept_dtype, write_items
+from qwen_quant.export.folder import REST_DTYPES, Steps, write_kept, items, kept_dtype, write_items
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
 from qwen_quant.export.hybrid import adds_one, full_attention_interval, is_hybrid, is_vision, one_plus
 from qwen_quant.progress import ProgressFn
@@ -188,7 +188,7 @@ def _write(source: ExportSource, options: ExportOptions, target: Target, progres
             return _write_linear(source, writer, behind, name)
         if adds_one(source.spec, name):
             return write_tensor(writer, behind, name, one_plus(source.reader.read(name)))
-        return _write_kept(source, writer, behind, name, kept_dtype(source, name, options))
+        return write_kept(source, writer, behind, name, kept_dtype(source, name, options))
 
     write_items(writer, target, names[done:], write_item, Steps(progress, done, len(names)))
     _write_config(source, target.folder, options)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen_quant.gptq import QuantizedWeight
-from qwen_quant.packing import _pack_rows, _unpack_rows
+from qwen_quant.packing import pack_rows, unpack_rows
 
 _CHUNK_CODES = 1 << 20
 
@@ -66,7 +66,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         if bits == 4:
             stream[rows] = codes[rows, 0::2] | codes[rows, 1::2] << 4
         else:
-            stream[rows] = _pack_rows(codes[rows], bits).view(torch.uint8)
+            stream[rows] = pack_rows(codes[rows], bits).view(torch.uint8)
     return stream
 
 
@@ -82,7 +82,7 @@ def unpack_codes(stream: Tensor, bits: int) -> Tensor:
             words = stream[rows].to(torch.int16)
             codes[rows] = ((words | words << 4) & 0x0F0F).view(torch.uint8)
         else:
-            codes[rows] = _unpack_rows(stream[rows].view(torch.int32), bits)
+            codes[rows] = unpack_rows(stream[rows].view(torch.int32), bits)
     return codes
 
 

@@ -27,7 +27,7 @@ from qwen_quant.export.pivot import LinearGrid, PackedRows, dequantized
 from qwen_quant.export.rows import stored_rows
 from qwen_quant.gptq import QuantizedWeight
 from qwen_quant.models.skeleton import expected_tensors, meta_model
-from qwen_quant.runtime.loading import _quantization_settings
+from qwen_quant.runtime.loading import quantization_settings
 
 _RECOMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias_mask")
 
@@ -101,7 +101,7 @@ class ExportSource:
         self.folder = folder
         self.spec = read_model_spec(folder)
         self.reader = CheckpointReader(folder)
-        self.settings: dict[str, Any] = _quantization_settings(folder, self.spec.config) or {}
+        self.settings: dict[str, Any] = quantization_settings(folder, self.spec.config) or {}
         self.layout: Layout = find_layout(self.reader, self.settings)
         expected = expected_tensors(meta_model(self.spec))
         packed = {name: self.layout.suffixes(name) for name in self.spec.linear_names()}

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwen_quant.checkpoint.identity import weights_sha256_of
 from qwen_quant.checkpoint.manifest import SEALABLE, read_manifest, seal
 from qwen_quant.checkpoint.reader import file_sha256
 from qwen_quant.errors import InputError
@@ -27,7 +28,6 @@ from qwen_quant.hub.card_facts import (
     check_report,
     gather_facts,
     read_made,
-    weights_sha256_of,
 )
 from qwen_quant.hub.card_made import (
     glance_section,

@@ -8,7 +8,6 @@ says is the affair of `qwen-quant verify`.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_quant.checkpoint.families import read_config
+from qwen_quant.checkpoint.identity import weights_sha256_of
 from qwen_quant.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from qwen_quant.errors import InputError
 from qwen_quant.evaluation.report import JSON_FILE, read_report
@@ -55,7 +55,8 @@ class Made:
         kinds: (name in a block, how many), experts without their number, in order of appearance.
         worst: (linear, its relative error, that of plain rounding) of the linear that lost most; None where not kept.
         experts: what calibrated them -> how many; () where there are none. fewest_tokens: that an expert was sent.
-        compute: (device, dtype) or None. versions: package -> version. seconds, peak_memory_bytes: of the run.
+        compute: (device, dtype) or None. max_shard_size_bytes: None in manifests of earlier versions.
+        versions: package -> version. seconds, peak_memory_bytes: of the run.
     """
 
     method: str
@@ -72,6 +73,7 @@ class Made:
     experts: tuple[tuple[str, int], ...]
     fewest_tokens: int
     compute: tuple[str, str] | None
+    max_shard_size_bytes: int | None
     versions: dict[str, str]
     warnings: tuple[str, ...]
     seconds: float
@@ -117,14 +119,6 @@ class CardFacts:
     def failed_gates(self) -> tuple[str, ...]:
         """Names of the gates of the report that failed."""
         return tuple(gate.name for gate in self.report.gates if not gate.passed) if self.report else ()
-
-
-def weights_sha256_of(hashes: dict[str, str]) -> str:
-    """`checkpoint.identity.weights_sha256` of a folder whose files have these hashes ("" where it has no weights)."""
-    names = sorted(name for name in hashes if name.endswith(".safetensors") or name == "config.json")
-    if not any(name.endswith(".safetensors") for name in names):
-        return ""
-    return hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in names).encode()).hexdigest()
 
 
 def gather_facts(folder: Path, source: SourceCard, *, repo_id: str | None, override_reason: str) -> CardFacts:
@@ -225,11 +219,16 @@ def _made(manifest: dict[str, Any], method: str) -> Made:
         experts=tuple((str(how), int(count)) for how, count in experts.get("calibrated_by", {}).items()),
         fewest_tokens=int(experts.get("fewest_routed_tokens", 0)),
         compute=(str(compute["device"]), str(compute["dtype"])) if compute else None,
+        max_shard_size_bytes=_optional_int(manifest.get("max_shard_size_bytes")),
         versions={str(name): str(version) for name, version in manifest["versions"].items()},
         warnings=tuple(str(line) for line in manifest["warnings"]),
         seconds=float(measured["wall_seconds"]),
         peak_memory_bytes=int(measured["peak_memory_bytes"]),
     )
+
+
+def _optional_int(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _settings(cls: type, values: dict[str, Any]) -> Any:

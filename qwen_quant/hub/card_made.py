@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import PurePath
 from typing import Any
 
+from qwen_quant.checkpoint.identity import weights_sha256_of
 from qwen_quant.checkpoint.manifest import MANIFEST_FILE
 from qwen_quant.evaluation.report import JSON_FILE
-from qwen_quant.hub.card_facts import PROFILE_FILE, CardFacts, weights_sha256_of
+from qwen_quant.hub.card_facts import PROFILE_FILE, CardFacts
 from qwen_quant.hub.card_markdown import code, escape, gibibytes, number, plain, table
 from qwen_quant.hub.card_profile import CardCell
 from qwen_quant.hub.card_quality import dataset_name, gates_section

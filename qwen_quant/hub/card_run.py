@@ -16,11 +16,12 @@ from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
 
-from qwen_quant.hub.card_facts import CardFacts, Made, weights_sha256_of
+from qwen_quant.checkpoint.identity import weights_sha256_of
+from qwen_quant.hub.card_facts import CardFacts, Made
 from qwen_quant.hub.card_markdown import code, fence, plain
 from qwen_quant.hub.card_words import say
 from qwen_quant.hub.download import HUB_ID
-from qwen_quant.recipe import BnbConfig, CalibrationConfig, GPTQConfig
+from qwen_quant.recipe import BnbConfig, CalibrationConfig, GPTQConfig, RunConfig
 
 SERVED_BITS = (4, 8)
 MARLIN = "Marlin"
@@ -181,8 +182,15 @@ def reproduce_command(facts: CardFacts) -> str:
         model += f"@{made.revision}"
     gptq = isinstance(made.config, GPTQConfig)
     pairs = _gptq_options(made, made.config) if isinstance(made.config, GPTQConfig) else _bnb_options(made.config)
+    pairs += _shard_option(made)
     head = ["qwen-quant", "gptq" if gptq else "bnb", model, f"./{plain(facts.name)}"]
     return " \\\n    ".join([shlex.join(head), *(shlex.join(pair) for pair in pairs)])
+
+
+def _shard_option(made: Made) -> list[list[str]]:
+    """--max-shard-size where the files were cut at another size than by default: their bytes depend on it."""
+    size = made.max_shard_size_bytes
+    return [] if size in (None, RunConfig().max_shard_size_bytes) else [["--max-shard-size", str(size)]]
 
 
 def _gptq_options(made: Made, config: GPTQConfig) -> list[list[str]]:

@@ -29,7 +29,7 @@ _RECOMPUTED = ("rotary_emb.inv_freq",)
 _PACKED_SUFFIXES = {".qweight": "GPTQ", ".weight.absmax": "bitsandbytes", ".SCB": "bitsandbytes"}
 
 
-def _quantization_settings(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+def quantization_settings(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The folder's quantization settings, or None for a 16-bit checkpoint (InputError for an unreadable file)."""
     path = folder / QUANTIZE_CONFIG_FILE
     settings = config.get("quantization_config")
@@ -51,7 +51,7 @@ def _packed_linears(reader: CheckpointReader, config: dict[str, Any]) -> GptqLin
     Errors: InputError for another quant_method, a layout that is not read here, and packed tensors without settings.
     """
     folder = reader.folder
-    settings = _quantization_settings(folder, config)
+    settings = quantization_settings(folder, config)
     if settings is None:
         for suffix, owner in _PACKED_SUFFIXES.items():
             if any(name.endswith(suffix) for name in reader.names):

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qwen_quant.checkpoint.identity import weights_sha256_of
 from qwen_quant.evaluation.report import report_text
-from qwen_quant.hub.card_facts import weights_sha256_of
 from qwen_quant.profiling.protocol import Cell, ProfileConfig
 from qwen_quant.profiling.results import (
     MEASURED,
