@@ -22,6 +22,7 @@ from qwen_quant.checkpoint.families import model_spec, read_config
 from qwen_quant.checkpoint.manifest import (
     QUANTIZE_CONFIG_FILE,
     copy_companions,
+    provenance,
     source_hashes,
     versions,
     write_manifest,
@@ -339,7 +340,12 @@ def _manifest(ready: _Ready, identity: dict[str, Any], result: ConvertResult) ->
         "schema": "qwen-quant/1",
         "method": "convert",
         "to": "qwen2",
-        "source": {"id": ready.job.source_id, "revision": ready.job.revision, "sha256": identity["source"]},
+        "source": {
+            "id": ready.job.source_id,
+            "revision": ready.job.revision,
+            "sha256": identity["source"],
+            **provenance(ready.job.model),
+        },
         "exact": limit,
         "proof": {key: proof[key] for key in ("logits", "parameters", "source_tensors", "output_tensors", "dropped")},
         "tensors": proof["tensors"],

@@ -88,6 +88,11 @@ class WorkFolder:
             write_json_atomically(self.state / RUN_FILE, run)
         return self._read(PROGRESS_FILE) or {"blocks_done": 0, "layers": [], "seconds": 0.0}
 
+    def holds_other(self, run: dict[str, Any]) -> bool:
+        """Whether an unfinished run lies there that was asked for something else than `run`."""
+        earlier = self._read(RUN_FILE)
+        return earlier is not None and earlier != json.loads(json.dumps(run))
+
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
             value = json.loads((self.state / name).read_text(encoding="utf-8"))

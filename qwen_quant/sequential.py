@@ -221,7 +221,7 @@ def _manifest(
         "source": {"id": ready.job.source_id, "revision": ready.job.revision, "sha256": identity["source"]},
         "settings": identity["settings"],
         "calibration": {
-            "source": ready.calibration.source,
+            "source": Path(ready.calibration.source).name,  # it is published: no folders of this machine
             "sha256": ready.calibration.sha256,
             "tokens": ready.calibration.tokens,
             "shape": identity["calibration"]["shape"],

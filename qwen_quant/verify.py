@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_quant.checkpoint.identity import weights_sha256
+from qwen_quant.checkpoint.identity import EXPORT_SUFFIXES, weights_sha256, weights_sha256_of
 from qwen_quant.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from qwen_quant.checkpoint.reader import CheckpointReader, file_sha256
 from qwen_quant.errors import InputError
@@ -27,6 +27,7 @@ from qwen_quant.signing import SIGNATURE_FILE, stale_names, verify_signature
 IGNORED = (".gitattributes", ".cache", ".qwen-quant")
 SHOWN_PROBLEMS = 5
 _MIB = 1 << 20
+EXPORT = "export"
 
 Kind = Literal["missing", "changed", "unknown", "link", "tensors", "signature"]
 SignatureState = Literal["none", "not checked", "valid", "invalid"]
@@ -46,7 +47,7 @@ class VerifyResult:
     """What `qwen-quant verify` found.
 
     Attributes:
-        folder: as given. method: how the artifact was made ("gptq", "bitsandbytes", "convert").
+        folder: as given. method: how the artifact was made ("gptq", "bitsandbytes", "convert", "export").
         source_id, source_revision: what it was made from; revision is None for a local source.
         sha256: file name -> sha256 of its bytes now, for every file that the manifest names and that is there.
         nbytes: of those files. weights_sha256: what reports and profiles call these weights ("" when unreadable).
@@ -95,7 +96,10 @@ def verify_folder(
     hashes, changed = _hashes(folder, expected, progress)
     strangers = [Problem(name, "unknown", f"is in the repository: {why}") for name, why in (left_out or {}).items()]
     found = [*problems, *strangers, *changed]
-    weights, linears, kept, odd = _tensors(folder, manifest)
+    if manifest.get("method") == EXPORT:
+        weights, linears, kept, odd = _exported(folder, manifest, hashes)
+    else:
+        weights, linears, kept, odd = _tensors(folder, manifest)
     signature, invalid = _signature(folder, key, hashes, allow_links=allow_links)
     source = manifest.get("source", {})
     return VerifyResult(
@@ -188,6 +192,20 @@ def _tensors(folder: Path, manifest: dict[str, Any]) -> tuple[str, int, int, lis
         odd += [f"'{name}' was kept, and is missing" for name in sorted(set(audit.get("kept", {})) - names)]
     kept = sum(accounting.kept.values())
     return weights, accounting.quantized_linears, kept, [Problem("weights", "tensors", text) for text in odd]
+
+
+def _exported(folder: Path, manifest: dict[str, Any], hashes: dict[str, str]) -> tuple[str, int, int, list[Problem]]:
+    """The same of an export: its tensors were counted and compared when it was written, and the hashes are of them."""
+    weights = weights_sha256_of(hashes, EXPORT_SUFFIXES)
+    proof = manifest.get("proof", {})
+    odd = [] if weights else ["there are no weights"]
+    try:
+        if any(name.endswith(".safetensors") for name in hashes):
+            CheckpointReader(folder)
+    except InputError as error:
+        odd.append(error.what)
+    linears, kept = int(proof.get("linears", 0)), int(proof.get("kept_tensors", 0))
+    return weights, linears, kept, [Problem("weights", "tensors", text) for text in odd]
 
 
 def _signature(

@@ -10,6 +10,8 @@ from qwen_quant.checkpoint.reader import file_sha256
 from qwen_quant.errors import InputError
 
 CONFIG_FILE = "config.json"
+# What the weight files of an export, of whatever format, end in.
+EXPORT_SUFFIXES = (".safetensors", ".gguf", ".onnx", ".onnx.data", ".xml", ".bin")
 
 
 def weights_sha256(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -142,6 +143,17 @@ def write_manifest(folder: Path, manifest: dict[str, Any], hashes: dict[str, str
     _write_json(folder / MANIFEST_FILE, {**manifest, "output": {"sha256": outputs}})
 
 
+def carried_hashes(manifest: dict[str, Any]) -> dict[str, str]:
+    """File name -> sha256 of an artifact without card and evidence, which may change beside the same weights."""
+    return {name: value for name, value in manifest["output"]["sha256"].items() if name not in SEALABLE}
+
+
+def files_sha256(manifest: dict[str, Any]) -> str:
+    """One hash of everything that an export of the artifact is made from: of the lines "{sha256}  {name}\\n"."""
+    lines = "".join(f"{value}  {name}\n" for name, value in sorted(carried_hashes(manifest).items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The parsed `qwen-quant.json` of an artifact; its `output.sha256` maps plain file names to 64 hexadecimal digits.
 
@@ -164,6 +176,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(hashes, dict) or not all(_plain(name) and _hexadecimal(value) for name, value in hashes.items()):
         raise InputError(f"{path} is damaged", "output.sha256 is not a table of file names and their sha256", again)
     return manifest
+
+
+def provenance(artifact: Path) -> dict[str, Any]:
+    """How an artifact that others are made from was made itself: its manifest, and the hash of its files.
+
+    Card and evidence are left out of both. Errors: InputError for a manifest that is damaged.
+    """
+    if not (artifact / MANIFEST_FILE).is_file():
+        return {"has_manifest": False}
+    manifest = read_manifest(artifact)
+    kept = {**manifest, "output": {"sha256": carried_hashes(manifest)}}
+    return {"has_manifest": True, "files_sha256": files_sha256(manifest), "manifest": kept}
 
 
 def seal(folder: Path, names: Sequence[str]) -> None:

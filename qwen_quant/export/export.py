@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen_quant.checkpoint.identity import weights_sha256
-from qwen_quant.checkpoint.manifest import MANIFEST_FILE, copy_companions, versions, write_manifest
+from qwen_quant.checkpoint.manifest import (
+    MANIFEST_FILE,
+    SEALABLE,
+    copy_companions,
+    provenance,
+    versions,
+    write_manifest,
+)
 from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
 from qwen_quant.errors import AuditError, InputError, UsageError
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Target, find_format, require
@@ -41,6 +48,7 @@ class ExportJob:
         run: shard size, resume, force.
         split_bytes: largest file of a format that is one file otherwise (see `ExportOptions`).
         source_id, revision: where the artifact came from, for the record.
+        restart: begin anew where an unfinished run of OUT was of another source or other options (else an InputError).
     """
 
     artifact: Path
@@ -52,6 +60,7 @@ class ExportJob:
     source_id: str = ""
     revision: str | None = None
     split_bytes: int | None = None
+    restart: bool = False
 
     @property
     def options(self) -> ExportOptions:
@@ -195,7 +204,9 @@ def _check_disk(ready: _Ready) -> None:
 
 def _identity(ready: _Ready) -> dict[str, Any]:
     """What an unfinished run must agree with to be continued; sizes and times stand for the source's content."""
-    files = sorted(path for path in ready.job.artifact.iterdir() if path.is_file() and not path.name.startswith("."))
+    beside = (MANIFEST_FILE, *SEALABLE)  # they do not go into the output, or only by what stays the same in them
+    files = sorted(path for path in ready.job.artifact.iterdir() if path.is_file() and path.name not in beside)
+    files = [path for path in files if not path.name.startswith(".")]
     stamps = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
     options, folder = to_json(ready.job.options), str(ready.job.artifact.resolve())
     return {"export": ready.format.name, "source": folder, "files": stamps, "options": options, "versions": versions()}
@@ -203,7 +214,9 @@ def _identity(ready: _Ready) -> dict[str, Any]:
 
 def _write(ready: _Ready, progress: ProgressFn) -> list[str]:
     """Companions, weights and configs into the work folder; returns the files that stay behind."""
-    state = ready.work.open(_identity(ready), resume=ready.job.run.resume)
+    identity = _identity(ready)
+    resume = ready.job.run.resume and not (ready.job.restart and ready.work.holds_other(identity))
+    state = ready.work.open(identity, resume=resume)
     _, left = copy_companions(ready.job.artifact, ready.work.artifact)
     target = Target(ready.work.artifact, state, ready.work.commit)
     ready.format.write(ready.source, ready.job.options, target, progress)
@@ -230,7 +243,6 @@ def _manifest(ready: _Ready, result: ExportResult) -> dict[str, Any]:
     """The provenance: which artifact, what was compared, what differs."""
     values = to_json(result)
     source = {"id": ready.job.source_id, "revision": ready.job.revision, "weights_sha256": result.source_sha256}
-    own = ready.job.artifact / MANIFEST_FILE
     kept = ("exact", "inexact", "proof", "read_with", "dropped", "notes", "runtimes")
     measured = ("seconds", "write_seconds", "verify_seconds", "peak_memory_bytes")
     grid = ("source_kind", "bits", "group_size", "sym", "act_order")
@@ -238,9 +250,10 @@ def _manifest(ready: _Ready, result: ExportResult) -> dict[str, Any]:
         "schema": "qwen-quant/1",
         "method": "export",
         "format": ready.format.name,
-        "source": {**source, "has_manifest": own.is_file()},
+        "source": {**source, **provenance(ready.job.artifact)},
         "quantization": {key: values[key] for key in grid},
         "rest": ready.job.rest,
+        "max_shard_size_bytes": ready.job.run.max_shard_size_bytes,
         **{key: values[key] for key in kept},
         "versions": versions(),
         "companions": {"left_behind": values["left_behind"]},

@@ -7,14 +7,12 @@ it again changes nothing unless one of those changed, and `card_problems` can sa
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from qwen_quant.checkpoint.identity import weights_sha256_of
 from qwen_quant.checkpoint.manifest import SEALABLE, read_manifest, seal
@@ -25,6 +23,8 @@ from qwen_quant.hub.card_facts import (
     PROFILE_FILE,
     CardFacts,
     Made,
+    Manifest,
+    Told,
     check_report,
     gather_facts,
     read_made,
@@ -34,53 +34,41 @@ from qwen_quant.hub.card_made import (
     how_section,
     intro_section,
     limits_section,
+    links_section,
     provenance_section,
     what_section,
 )
 from qwen_quant.hub.card_markdown import escape
 from qwen_quant.hub.card_marks import PLACES, kept_texts, place, read_text
 from qwen_quant.hub.card_metadata import metadata_yaml
+from qwen_quant.hub.card_names import name_evidence
 from qwen_quant.hub.card_profile import read_card_profile
 from qwen_quant.hub.card_quality import failed_gates_notice, quality_section
 from qwen_quant.hub.card_run import use_section
 from qwen_quant.hub.card_source import SourceCard, cached_readme, read_source_card, with_licence
 from qwen_quant.hub.card_speed import speed_sections
+from qwen_quant.hub.card_state import BOTH, CardRequest, CardState, check_request, parse_state, read_state, state_json
 from qwen_quant.hub.card_words import LANGUAGE_NAMES, LANGUAGES
 from qwen_quant.hub.download import HUB_ID
+from qwen_quant.hub.export_card import EXPORT_AFTER, EXPORT_BEFORE, export_metadata
+from qwen_quant.hub.export_facts import ExportFacts, gather_export_facts
+from qwen_quant.hub.reencoded import Reencoded, is_reencoded, read_reencoded
 
 CARD_FILE = "README.md"
-BOTH = "both"
-CHOICES = (*LANGUAGES, BOTH)
-_OURS = re.compile(r"^<!-- qwen-quant:card (\{.*\}) -->\r?$", re.MULTILINE)
 _FRONT = re.compile(r"\A\ufeff?---\r?\n.*?^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
-Section = Callable[[CardFacts, str], list[str]]
-
-
-@dataclass(frozen=True)
-class CardState:
-    """What a card keeps of itself: its language, the repository it is for, the source's metadata, an override."""
-
-    language: str
-    repo: str | None
-    override: str
-    source: SourceCard
-
-
-@dataclass(frozen=True)
-class CardRequest:
-    """What is asked for; None: as the card that is there says, or the default.
-
-    Attributes:
-        language: "en", "zh" or "both". repo_id, base_model: "ORG/NAME".
-        override_reason: why failed gates are overridden ("": what the report says).
-        force: move a stranger's README.md into the marked place.
-    """
-
-    language: str | None = None
-    repo_id: str | None = None
-    base_model: str | None = None
-    override_reason: str = ""
-    force: bool = False
+Facts = CardFacts | ExportFacts
+BEFORE: tuple[Callable[[CardFacts, str], list[str]], ...] = (failed_gates_notice, intro_section)
+AFTER: tuple[Callable[[CardFacts, str], list[str]], ...] = (
+    glance_section,
+    use_section,
+    links_section,
+    quality_section,
+    speed_sections,
+    what_section,
+    how_section,
+    limits_section,
+    provenance_section,
+)
 
 
 def write_card(folder: Path, *, repo_id: str | None, language: str, override_reason: str = "") -> Path:
@@ -102,17 +90,30 @@ def write_card(folder: Path, *, repo_id: str | None, language: str, override_rea
 
 def make_card(folder: Path, request: CardRequest) -> Path:
     """`write_card` with everything that can be asked for."""
-    _check_request(request)
+    check_request(request)
     path = folder / CARD_FILE
-    made = read_made(folder)
+    made = read_any(folder)
     earlier, kept = _earlier(path, request)
     state = _state(folder, made, earlier, request)
-    facts = gather_facts(folder, state.source, repo_id=state.repo, override_reason=state.override)
+    name_evidence(folder)
+    facts = gather(folder, state.told)
     override = facts.override_reason if facts.failed_gates else ""
     text = card_text(facts, replace(state, override=override), kept)
     _replace(path, text.encode("utf-8", "surrogateescape"))
     seal(folder, [name for name in SEALABLE if (folder / name).is_file()])
     return path
+
+
+def read_any(folder: Path) -> Made | Reencoded:
+    """The manifest of any folder that can have a card. Errors: InputError when it is none, or damaged."""
+    return read_reencoded(folder) if is_reencoded(read_manifest(folder)) else read_made(folder)
+
+
+def gather(folder: Path, told: Told) -> Facts:
+    """What the card of `folder` is written from (InputError as `gather_facts` and `gather_export_facts`)."""
+    if is_reencoded(read_manifest(folder)):
+        return gather_export_facts(folder, told)
+    return gather_facts(folder, told)
 
 
 def add_evidence(folder: Path, *, report: Path | None = None, profile: Path | None = None) -> tuple[str, ...]:
@@ -121,10 +122,13 @@ def add_evidence(folder: Path, *, report: Path | None = None, profile: Path | No
     Returns the names that were written. Errors: InputError when one is damaged or of another artifact; nothing is
     copied then.
     """
-    made = read_made(folder)
+    made = read_any(folder)
     if report is not None:
         check_report(report, read_report(report), made)
     if profile is not None:
+        if isinstance(made, Reencoded):
+            why = "a profile measures one runtime with one format"
+            raise InputError(f"{folder} takes no profile", why, "put it into the artifact that was measured")
         read_card_profile(profile, weights_sha256_of(made.output_sha256), weights_sha256_of(made.source_sha256))
     given = {name: path for name, path in ((JSON_FILE, report), (PROFILE_FILE, profile)) if path is not None}
     for name, path in given.items():
@@ -133,7 +137,7 @@ def add_evidence(folder: Path, *, report: Path | None = None, profile: Path | No
     return tuple(given)
 
 
-def card_text(facts: CardFacts, state: CardState, kept: dict[str, str]) -> str:
+def card_text(facts: Facts, state: CardState, kept: dict[str, str]) -> str:
     """The whole README.md; lone surrogates in it are bytes of kept text that are not UTF-8.
 
     Errors: InputError when `kept` holds a place that a card in this language does not have.
@@ -147,7 +151,8 @@ def card_text(facts: CardFacts, state: CardState, kept: dict[str, str]) -> str:
             f"use --card-language {BOTH}, or move the text to another marked place of README.md",
         )
     several = len(languages) > 1
-    parts = [f"---\n{metadata_yaml(facts)}\n---", f"<!-- qwen-quant:card {_state_json(state)} -->"]
+    metadata = export_metadata(facts) if isinstance(facts, ExportFacts) else metadata_yaml(facts)
+    parts = [f"---\n{metadata}\n---", f"<!-- qwen-quant:card {state_json(state)} -->"]
     parts.append(f"# {escape(facts.name)}")
     if several:
         parts.append(" | ".join(f"[{LANGUAGE_NAMES[one]}](#{LANGUAGE_NAMES[one].lower()})" for one in languages))
@@ -169,11 +174,11 @@ def card_problems(folder: Path) -> list[str]:
         return ["there is no README.md: run qwen-quant card"]
     text = read_text(path)
     try:
-        state = _read_state(text)
+        state = parse_state(text)
         if state is None:
             return ["README.md was not written by qwen-quant card"]
         kept = kept_texts(path, text)
-        facts = gather_facts(folder, state.source, repo_id=state.repo, override_reason=state.override)
+        facts = gather(folder, state.told)
         problems = _differences(card_text(facts, state, kept), text)
         recorded = read_manifest(folder)["output"]["sha256"]
     except InputError as error:
@@ -186,10 +191,10 @@ def card_problems(folder: Path) -> list[str]:
     return [*problems, *stale, *_missing(facts)]
 
 
-def _missing(facts: CardFacts) -> list[str]:
+def _missing(facts: Facts) -> list[str]:
     """What a card for publication should have and this one cannot."""
     found = []
-    if facts.report is None:
+    if facts.report is None and not (isinstance(facts, ExportFacts) and not facts.made.quantized):
         found.append("there is no report.json: run qwen-quant validate, then qwen-quant card --report FILE")
     if not facts.source.base_model:
         found.append("the source's id on the Hub is not known: qwen-quant card --base-model ORG/NAME")
@@ -200,37 +205,22 @@ def _missing(facts: CardFacts) -> list[str]:
     return found
 
 
-def _body(facts: CardFacts, language: str, kept: dict[str, str]) -> list[str]:
-    """The sections of one language in order."""
-    before: tuple[Section, ...] = (failed_gates_notice, intro_section)
-    after: tuple[Section, ...] = (
-        glance_section,
-        use_section,
-        quality_section,
-        speed_sections,
-        what_section,
-        how_section,
-        limits_section,
-        provenance_section,
-    )
-    parts = [part for section in before for part in section(facts, language)]
-    parts.append(place(f"{PLACES[0]}-{language}", kept))
-    parts += [part for section in after for part in section(facts, language)]
-    return [*parts, place(f"{PLACES[1]}-{language}", kept)]
+def _body(facts: Facts, language: str, kept: dict[str, str]) -> list[str]:
+    """Every section of the card in one language, with its two marked places."""
+    before: list[str] = []
+    after: list[str] = []
+    if isinstance(facts, ExportFacts):
+        before = [part for export in EXPORT_BEFORE for part in export(facts, language)]
+        after = [part for export in EXPORT_AFTER for part in export(facts, language)]
+    else:
+        before = [part for section in BEFORE for part in section(facts, language)]
+        after = [part for section in AFTER for part in section(facts, language)]
+    return [*before, place(f"{PLACES[0]}-{language}", kept), *after, place(f"{PLACES[1]}-{language}", kept)]
 
 
 def _deeper(part: str) -> str:
     """A heading one level down, under its language's own; anything else as it is."""
     return f"#{part}" if part.startswith("#") else part
-
-
-def _check_request(request: CardRequest) -> None:
-    if request.language is not None and request.language not in CHOICES:
-        raise InputError(f"the card's language is {request.language!r}", next_step=f"use one of {', '.join(CHOICES)}")
-    for option, value in (("--repo", request.repo_id), ("--base-model", request.base_model)):
-        match = HUB_ID.fullmatch(value) if value is not None else None
-        if value is not None and (match is None or match["revision"] is not None):
-            raise InputError(f"{option} {value!r} is not a repository", next_step=f"write {option} ORG/NAME")
 
 
 def _earlier(path: Path, request: CardRequest) -> tuple[CardState | None, dict[str, str]]:
@@ -240,7 +230,7 @@ def _earlier(path: Path, request: CardRequest) -> tuple[CardState | None, dict[s
     if not path.is_file():
         return None, {}
     text = read_text(path)
-    state = _read_state(text)
+    state = parse_state(text)
     if state is not None:
         return state, kept_texts(path, text)
     if not request.force:
@@ -258,58 +248,35 @@ def _earlier(path: Path, request: CardRequest) -> tuple[CardState | None, dict[s
     return None, {f"{PLACES[1]}-{language}": body} if body.strip() else {}
 
 
-def _state(folder: Path, made: Made, earlier: CardState | None, request: CardRequest) -> CardState:
+def _state(folder: Path, made: Manifest, earlier: CardState | None, request: CardRequest) -> CardState:
     """What the new card keeps of itself: what is asked for, else what the earlier one kept, else what is found."""
-    found = _find_source(folder, made) or (earlier.source if earlier else SourceCard())
-    base = request.base_model or (earlier.source.base_model if earlier else "")
-    if not base and HUB_ID.fullmatch(made.source_id):
-        base = made.source_id
+    like = read_state(request.like / CARD_FILE) if request.like is not None else None
+    known = like or earlier
+    found = _find_source(folder, made) or (known.source if known else SourceCard())
+    base = request.base_model or (known.source.base_model if known else "")
+    if not base and HUB_ID.fullmatch(made.base_id):
+        base = made.base_id
     source = with_licence(replace(found, base_model=base), folder)
     return CardState(
         language=request.language or (earlier.language if earlier else LANGUAGES[0]),
         repo=request.repo_id or (earlier.repo if earlier else None),
         override=request.override_reason,  # never an earlier one: it was given for an earlier report
         source=source,
+        links=(earlier.links if earlier else ()) if request.links is None else request.links,
     )
 
 
-def _find_source(folder: Path, made: Made) -> SourceCard | None:
+def _find_source(folder: Path, made: Manifest) -> SourceCard | None:
     """The source's own card: beside the baseline that the report measured, or in the Hub's cache."""
     places = []
     report = folder / JSON_FILE
     if report.is_file():
         measured = read_report(report)
-        if measured.baseline_sha256 and measured.baseline_sha256 == weights_sha256_of(made.source_sha256):
+        if measured.baseline_sha256 and measured.baseline_sha256 == made.base_sha256:
             places.append(Path(measured.baseline) / CARD_FILE)
-    cached = cached_readme(made.source_id, made.revision) if HUB_ID.fullmatch(made.source_id) else None
+    cached = cached_readme(made.base_id, made.base_revision) if HUB_ID.fullmatch(made.base_id) else None
     found = [read_source_card(path) for path in [*places, *([cached] if cached else [])]]
     return next((card for card in found if card is not None), None)
-
-
-def _state_json(state: CardState) -> str:
-    """The state in one line that cannot end an HTML comment: hyphens and angle brackets are escapes."""
-    text = json.dumps({**asdict(state), "source": asdict(state.source)}, ensure_ascii=False, sort_keys=True)
-    return text.replace("-", "\\u002d").replace(">", "\\u003e").replace("<", "\\u003c")
-
-
-def _read_state(text: str) -> CardState | None:
-    """What a card of ours keeps of itself; None where the text is none.
-
-    Errors: InputError when the comment is there and damaged.
-    """
-    match = _OURS.search(text)
-    if match is None:
-        return None
-    try:
-        values: dict[str, Any] = json.loads(match[1])
-        source: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else str(v) for k, v in values["source"].items()}
-        repo = None if values["repo"] is None else str(values["repo"])
-        state = CardState(str(values["language"]), repo, str(values["override"]), SourceCard(**source))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        step = "rename README.md and run qwen-quant card again"
-        raise InputError("the comment 'qwen-quant:card' of README.md is damaged", str(error), step) from error
-    _check_request(CardRequest(state.language, state.repo, state.source.base_model or None))
-    return state
 
 
 def _differences(expected: str, found: str) -> list[str]:

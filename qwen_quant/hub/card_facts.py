@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qwen_quant.checkpoint.families import read_config
 from qwen_quant.checkpoint.identity import weights_sha256_of
@@ -84,6 +84,66 @@ class Made:
         """The version of qwen-quant that made it."""
         return self.versions.get("qwen-quant", "")
 
+    @property
+    def base_id(self) -> str:
+        """Id of the source; base_revision: its commit; base_sha256: the `weights_sha256` of it."""
+        return self.source_id
+
+    @property
+    def base_revision(self) -> str | None:
+        """See `base_id`."""
+        return self.revision
+
+    @property
+    def base_sha256(self) -> str:
+        """See `base_id`."""
+        return weights_sha256_of(self.source_sha256)
+
+    @property
+    def measured_sha256(self) -> tuple[str, ...]:
+        """`weights_sha256` of the weights that a report must have measured."""
+        return (weights_sha256_of(self.output_sha256),)
+
+
+class Manifest(Protocol):
+    """What every manifest says of what was quantized, and of which weights a report counts."""
+
+    @property
+    def base_id(self) -> str: ...  # noqa: D102
+    @property
+    def base_revision(self) -> str | None: ...  # noqa: D102
+    @property
+    def base_sha256(self) -> str: ...  # noqa: D102
+    @property
+    def measured_sha256(self) -> tuple[str, ...]: ...  # noqa: D102
+
+
+class Described(Protocol):
+    """What the parts that every card shares are written from (fields as in `CardFacts`)."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def target(self) -> str: ...  # noqa: D102
+    @property
+    def repo_id(self) -> str | None: ...  # noqa: D102
+    @property
+    def label(self) -> str: ...  # noqa: D102
+    @property
+    def baseline_label(self) -> str: ...  # noqa: D102
+    @property
+    def report(self) -> ValidationResult | None: ...  # noqa: D102
+    @property
+    def source(self) -> SourceCard: ...  # noqa: D102
+    @property
+    def override_reason(self) -> str: ...  # noqa: D102
+    @property
+    def failed_gates(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def links(self) -> tuple[tuple[str, str], ...]: ...  # noqa: D102
+    @property
+    def licence_file(self) -> str: ...  # noqa: D102
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -93,6 +153,7 @@ class CardFacts:
         name: the title: the repository's name, or the folder's. target: what commands load: "ORG/NAME" or "./NAME".
         label: the artifact in tables ("Int4", "NF4"); baseline_label: the source ("BF16").
         licence_file: its name in the artifact, or "".
+        links: (format, repository) of the same weights elsewhere.
     """
 
     name: str
@@ -109,6 +170,7 @@ class CardFacts:
     override_reason: str
     has_chat_template: bool
     licence_file: str
+    links: tuple[tuple[str, str], ...] = ()
 
     @property
     def model_type(self) -> str:
@@ -121,7 +183,17 @@ class CardFacts:
         return tuple(gate.name for gate in self.report.gates if not gate.passed) if self.report else ()
 
 
-def gather_facts(folder: Path, source: SourceCard, *, repo_id: str | None, override_reason: str) -> CardFacts:
+@dataclass(frozen=True)
+class Told:
+    """What a card is told rather than finds: the source's metadata, the target, an override, other repositories."""
+
+    source: SourceCard
+    repo_id: str | None = None
+    override_reason: str = ""
+    links: tuple[tuple[str, str], ...] = ()
+
+
+def gather_facts(folder: Path, told: Told) -> CardFacts:
     """Read an artifact and the evidence in it.
 
     Errors: InputError when it is no artifact of `gptq` or `bnb`, when any of the files is damaged, or when a report or
@@ -130,25 +202,31 @@ def gather_facts(folder: Path, source: SourceCard, *, repo_id: str | None, overr
     made = read_made(folder)
     report, profile = read_evidence(folder, made)
     config = read_config(folder)
-    width = _WIDTHS.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), "16-bit")
-    quantized_baseline = report is not None and report.baseline_kind != "16-bit"
-    name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
+    name = told.repo_id.split("/")[-1] if told.repo_id else folder.resolve().name
     return CardFacts(
         name=name,
-        target=repo_id or f"./{name}",
-        repo_id=repo_id,
+        target=told.repo_id or f"./{name}",
+        repo_id=told.repo_id,
         label=_label(made),
-        baseline_label=report.baseline_kind if report is not None and quantized_baseline else width,
+        baseline_label=baseline_label(report, config),
         made=made,
         config=config,
         inspected=inspect_path(folder),
         report=report,
         profile=profile,
-        source=source,
-        override_reason=override_reason or (report.override_reason if report else ""),
-        has_chat_template=_has_chat_template(folder, config),
+        source=told.source,
+        override_reason=told.override_reason or (report.override_reason if report else ""),
+        has_chat_template=has_chat_template(folder, config),
         licence_file=licence_file(folder),
+        links=told.links,
     )
+
+
+def baseline_label(report: ValidationResult | None, config: dict[str, Any]) -> str:
+    """What the source is called in tables: its width, or what the report's baseline was."""
+    if report is not None and report.baseline_kind != "16-bit":
+        return report.baseline_kind
+    return _WIDTHS.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), "16-bit")
 
 
 def read_evidence(folder: Path, made: Made) -> tuple[ValidationResult | None, CardProfile | None]:
@@ -167,13 +245,13 @@ def read_evidence(folder: Path, made: Made) -> tuple[ValidationResult | None, Ca
     return report, profile
 
 
-def check_report(path: Path, report: ValidationResult, made: Made) -> None:
+def check_report(path: Path, report: ValidationResult, made: Manifest) -> None:
     """InputError when `report` measured other weights, or compared them with another baseline than their source."""
     again = "qwen-quant validate ARTIFACT --baseline MODEL --report DIR"
-    if report.quantized_sha256 != weights_sha256_of(made.output_sha256):
+    if report.quantized_sha256 not in made.measured_sha256:
         measured = report.quantized_sha256[:16] or "of which it does not say the hash"
         raise InputError(f"{path} is the report of another artifact", f"it measured weights {measured}", again)
-    source = weights_sha256_of(made.source_sha256)
+    source = made.base_sha256
     if report.baseline_kind == "16-bit" and source and report.baseline_sha256 != source:
         raise InputError(
             f"{path} compares with another model than the source of this artifact",
@@ -193,13 +271,15 @@ def read_made(folder: Path) -> Made:
         step = "quantize first: qwen-quant gptq or qwen-quant bnb"
         raise InputError(f"{folder} is no quantized artifact", f"{MANIFEST_FILE} says method {method!r}", step)
     try:
-        return _made(manifest, str(method))
+        return typed_manifest(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"{folder / MANIFEST_FILE} is damaged", why, "quantize the source again") from error
 
 
-def _made(manifest: dict[str, Any], method: str) -> Made:
+def typed_manifest(manifest: dict[str, Any]) -> Made:
+    """The manifest of a quantization as `Made` (KeyError, TypeError or ValueError where it is damaged)."""
+    method = str(manifest["method"])
     source, audit, measured = manifest["source"], manifest["audit"], manifest["measured"]
     linears = manifest["linears" if method == "bitsandbytes" else "layers"]
     compute = manifest.get("compute")
@@ -267,7 +347,7 @@ def _label(made: Made) -> str:
     return {"nf4": "NF4", "fp4": "FP4", "int8": "Int8"}[made.config.quant_type]
 
 
-def _has_chat_template(folder: Path, config: dict[str, Any]) -> bool:
+def has_chat_template(folder: Path, config: dict[str, Any]) -> bool:
     """Whether apply_chat_template works: a template file, one in tokenizer_config.json, or a first-generation model."""
     if (folder / "chat_template.jinja").is_file() or config.get("model_type") == "qwen":
         return True

@@ -10,7 +10,7 @@ from typing import Any
 from qwen_quant.checkpoint.identity import weights_sha256_of
 from qwen_quant.checkpoint.manifest import MANIFEST_FILE
 from qwen_quant.evaluation.report import JSON_FILE
-from qwen_quant.hub.card_facts import PROFILE_FILE, CardFacts
+from qwen_quant.hub.card_facts import PROFILE_FILE, CardFacts, Described
 from qwen_quant.hub.card_markdown import code, escape, gibibytes, number, plain, table
 from qwen_quant.hub.card_profile import CardCell
 from qwen_quant.hub.card_quality import dataset_name, gates_section
@@ -18,13 +18,18 @@ from qwen_quant.hub.card_run import MARLIN, reproduce_section
 from qwen_quant.hub.card_speed import generation_cells, show_memory, show_speed
 from qwen_quant.hub.card_words import phrase, say
 from qwen_quant.hub.download import HUB_ID
+from qwen_quant.hub.export_table import HUB_FORMATS
 from qwen_quant.recipe import BnbConfig, GPTQConfig
 from qwen_quant.units import format_bytes, format_count, format_seconds
 
 
 def source_link(facts: CardFacts) -> str:
     """The source as a link where it is on the Hub, else its name."""
-    name = facts.source.base_model or facts.made.source_id
+    return hub_link(facts.source.base_model or facts.made.source_id)
+
+
+def hub_link(name: str) -> str:
+    """A repository as a link, anything else as its name."""
     return f"[{escape(name)}](https://huggingface.co/{name})" if HUB_ID.fullmatch(name) else code(name)
 
 
@@ -36,12 +41,24 @@ def intro_section(facts: CardFacts, language: str) -> list[str]:
     method = say(language, f"method_{facts.made.method}", bits=_bits(facts), scheme=scheme(facts, language))
     return [
         say(language, "intro", label=facts.label, base=source_link(facts), method=method),
-        say(language, "evidence", tool=tool, files=_list(language, shown)),
+        say(language, "evidence", tool=tool, files=listed(language, shown)),
     ]
 
 
-def _list(language: str, items: list[str]) -> str:
+def listed(language: str, items: list[str]) -> str:
+    """The items with the commas of the language."""
     return ("、" if language == "zh" else ", ").join(items)
+
+
+def links_section(facts: Described, language: str) -> list[str]:
+    """The repositories of the same weights in other formats."""
+    rows = [f"- {format_title(name)}: {hub_link(repo)}" for name, repo in facts.links if repo != facts.repo_id]
+    return [f"## {say(language, 'links')}", "\n".join(rows)] if rows else []
+
+
+def format_title(name: str) -> str:
+    """What people call a format."""
+    return HUB_FORMATS[name].title if name in HUB_FORMATS else escape(name)
 
 
 def _bits(facts: CardFacts) -> Any:
@@ -54,12 +71,12 @@ def scheme(facts: CardFacts, language: str) -> str:
     if isinstance(config, BnbConfig):
         blocks = [say(language, "scheme_blocks", block_size=config.block_size)] if config.quant_type != "int8" else []
         double = [say(language, "scheme_double")] if config.double_quant else []
-        return _list(language, [facts.label, *blocks, *double])
+        return listed(language, [facts.label, *blocks, *double])
     row = config.group_size == -1
     parts = [say(language, "scheme_row" if row else "scheme_group", group_size=config.group_size)]
     parts.append(say(language, "scheme_sym" if config.sym else "scheme_asym"))
     parts += [say(language, "scheme_desc_act")] if config.desc_act else []
-    return _list(language, parts)
+    return listed(language, parts)
 
 
 def glance_section(facts: CardFacts, language: str) -> list[str]:
@@ -120,7 +137,7 @@ def what_section(facts: CardFacts, language: str) -> list[str]:
     counts = {"quantized": format_count(read.quantized_parameters), "all": format_count(read.parameters)}
     parts.append(say(language, "share", **counts))
     if made.experts:
-        shown = _list(language, [f"{escape(phrase(language, how))}: {count}" for how, count in made.experts])
+        shown = listed(language, [f"{escape(phrase(language, how))}: {count}" for how, count in made.experts])
         parts.append(say(language, "experts", counts=shown, fewest=made.fewest_tokens))
     if made.worst is not None:
         linear, error, rounding = made.worst
@@ -188,8 +205,8 @@ def limits_section(facts: CardFacts, language: str) -> list[str]:
     elif not facts.report.tasks:
         lines.append(say(language, "no_tasks"))
     lines += _shape_lines(facts, language)
-    listed = "\n".join(f"- {line}" for line in lines)
-    parts = [f"## {say(language, 'limits')}", *gates_section(facts, language), listed]
+    rows = "\n".join(f"- {line}" for line in lines)
+    parts = [f"## {say(language, 'limits')}", *gates_section(facts, language), rows]
     warnings = dict.fromkeys((*facts.made.warnings, *(facts.report.warnings if facts.report else ())))
     if warnings:
         told = "\n".join(f"- {escape(line)}" for line in warnings)
@@ -207,10 +224,10 @@ def _shape_lines(facts: CardFacts, language: str) -> list[str]:
         else:
             ranks[limit.target.rpartition(" ")[2]] = None
     lines = [
-        say(language, "marlin", linears=_list(language, list(dict.fromkeys(names))), reason=escape(reason))
+        say(language, "marlin", linears=listed(language, list(dict.fromkeys(names))), reason=escape(reason))
         for reason, names in marlin.items()
     ]
-    shown = _list(language, sorted(ranks, key=int))
+    shown = listed(language, sorted(ranks, key=int))
     return lines + ([say(language, "tensor_parallel", ranks=shown)] if ranks else [])
 
 
@@ -221,15 +238,21 @@ def provenance_section(facts: CardFacts, language: str) -> list[str]:
         source = say(language, "source_commit", source=source_link(facts), revision=code(made.revision))
     else:
         source = say(language, "source", source=source_link(facts))
-    command = shlex.join(["qwen-quant", "verify", plain(facts.target)])
     lines = [
         source,
         say(language, "weights", sha256=weights_sha256_of(made.output_sha256)),
-        say(language, "verify", command=code(command)),
+        say(language, "verify", command=code(shlex.join(["qwen-quant", "verify", plain(facts.target)]))),
+        *licence_lines(facts, language),
     ]
+    return [f"## {say(language, 'provenance')}", "\n".join(f"- {line}" for line in lines)]
+
+
+def licence_lines(facts: Described, language: str) -> list[str]:
+    """The licence."""
+    lines = []
     licence = facts.source.license_name or facts.source.license
     if licence:
         text = say(language, "licence_text", file=facts.licence_file) if facts.licence_file else ""
         gap = " " if language == "en" and text else ""
         lines.append(say(language, "licence", licence=escape(licence)) + gap + text)
-    return [f"## {say(language, 'provenance')}", "\n".join(f"- {line}" for line in lines)]
+    return lines

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from qwen_quant.hub.card_facts import CardFacts
+from qwen_quant.hub.card_facts import CardFacts, Described
 from qwen_quant.hub.card_markdown import plain
 from qwen_quant.hub.card_quality import dataset_name
 from qwen_quant.hub.download import HUB_ID
@@ -27,6 +27,11 @@ _METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "pass@1": "code_eval"}
 
 def metadata_yaml(facts: CardFacts) -> str:
     """The block between the two lines of dashes, without them."""
+    return block(facts, "transformers", _tags(facts), relation="quantized")
+
+
+def block(facts: Described, library: str, tags: list[str], *, relation: str) -> str:
+    """The block of a card of any kind; `relation` says what it is to its base model."""
     from huggingface_hub import ModelCardData
 
     source = facts.source
@@ -34,16 +39,16 @@ def metadata_yaml(facts: CardFacts) -> str:
     data = ModelCardData(
         base_model=source.base_model or None,
         language=list(source.language) or None,
-        library_name="transformers",
+        library_name=library,
         license=source.license or None,
         license_name=source.license_name or None,
         license_link=source.license_link or None,
         pipeline_tag=source.pipeline_tag or PIPELINE,
-        tags=_tags(facts),
+        tags=tags,
         model_name=plain(facts.name) if results else None,
         eval_results=results or None,
-        base_model_relation="quantized" if source.base_model else None,
-        quantized_by=facts.repo_id.split("/")[0] if facts.repo_id else None,
+        base_model_relation=relation if source.base_model and relation else None,
+        quantized_by=facts.repo_id.split("/")[0] if facts.repo_id and relation else None,
     )
     return data.to_yaml()
 
@@ -59,7 +64,7 @@ def _tags(facts: CardFacts) -> list[str]:
     return list(dict.fromkeys([*facts.source.tags, *own, "quantized", *family, "qwen-quant"]))
 
 
-def _results(facts: CardFacts) -> list[EvalResult]:
+def _results(facts: Described) -> list[EvalResult]:
     """Figures of the quantized model, finite ones only, grouped by dataset."""
     if facts.report is None:
         return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from qwen_quant.hub.card_facts import CardFacts
+from qwen_quant.hub.card_facts import Described
 from qwen_quant.hub.card_markdown import code, escape, interval, number, percent, percent_interval, signed, table
 from qwen_quant.hub.card_words import say, verdict_key
 from qwen_quant.results import GateOutcome, TaskResult, TextResult, ValidationResult, Verdict
@@ -27,7 +27,7 @@ def dataset_name(dataset: str) -> str:
     return dataset if dataset.startswith(("bundled:", "hub:")) else PurePath(dataset).name or dataset
 
 
-def quality_section(facts: CardFacts, language: str) -> list[str]:
+def quality_section(facts: Described, language: str) -> list[str]:
     """Every table of the report; nothing where there is no report."""
     report = facts.report
     if report is None:
@@ -53,7 +53,7 @@ def _confidence(report: ValidationResult) -> str:
     return percent(intervals[0].confidence, 0) if intervals else ""
 
 
-def _texts(facts: CardFacts, report: ValidationResult, language: str) -> list[str]:
+def _texts(facts: Described, report: ValidationResult, language: str) -> list[str]:
     to = say(language, "to")
     columns = [say(language, "text"), facts.baseline_label, facts.label]
     columns += [say(language, key) for key in ("ratio", "kl", "top1")]
@@ -92,7 +92,7 @@ def _verdict(verdict: Verdict, language: str) -> str:
     return say(language, key) + end
 
 
-def _lengths(facts: CardFacts, report: ValidationResult, language: str) -> list[str]:
+def _lengths(facts: Described, report: ValidationResult, language: str) -> list[str]:
     columns = (say(language, "context_length"), facts.baseline_label, facts.label, say(language, "ratio"))
     rows = [
         (str(row.window_tokens), number(row.baseline, 2), number(row.quantized, 2), number(row.ratio, 4))
@@ -101,7 +101,7 @@ def _lengths(facts: CardFacts, report: ValidationResult, language: str) -> list[
     return [f"### {say(language, 'by_length')}", table(columns, rows, 0)]
 
 
-def _tasks(facts: CardFacts, report: ValidationResult, language: str) -> list[str]:
+def _tasks(facts: Described, report: ValidationResult, language: str) -> list[str]:
     make = _wide_tasks if len(report.tasks) <= WIDE_TASKS else _long_tasks
     return [f"### {say(language, 'tasks')}", make(facts, report, language), say(language, "tasks_note")]
 
@@ -117,7 +117,7 @@ def _difference(task: TaskResult, language: str) -> tuple[str, str]:
     return signed(100 * change.estimate, 1), ends
 
 
-def _wide_tasks(facts: CardFacts, report: ValidationResult, language: str) -> str:
+def _wide_tasks(facts: Described, report: ValidationResult, language: str) -> str:
     """The form of the published Qwen cards: one row a model, one column a benchmark."""
     tasks = report.tasks
     changes = [_difference(task, language) for task in tasks]
@@ -133,7 +133,7 @@ def _wide_tasks(facts: CardFacts, report: ValidationResult, language: str) -> st
     return table((say(language, "quantization"), *(_task_title(task, language) for task in tasks)), rows)
 
 
-def _long_tasks(facts: CardFacts, report: ValidationResult, language: str) -> str:
+def _long_tasks(facts: Described, report: ValidationResult, language: str) -> str:
     columns = [say(language, "task"), facts.baseline_label, facts.label, say(language, "difference")]
     columns += [say(language, key) for key in ("items", "verdict_row")]
     rows = []
@@ -152,7 +152,7 @@ def gate_name(gate: GateOutcome) -> str:
     return escape(f"{limit}{on}{dataset_name(subject)}" if on else limit)
 
 
-def gates_section(facts: CardFacts, language: str) -> list[str]:
+def gates_section(facts: Described, language: str) -> list[str]:
     """The table of gates; a sentence where the report has none."""
     if facts.report is None:
         return []
@@ -171,7 +171,7 @@ def gates_section(facts: CardFacts, language: str) -> list[str]:
     return [f"### {say(language, 'gates')}", table(columns, rows)]
 
 
-def failed_gates_notice(facts: CardFacts, language: str) -> list[str]:
+def failed_gates_notice(facts: Described, language: str) -> list[str]:
     """A quotation at the top of the card when a gate failed, with the reason why it is published all the same."""
     failed = [gate for gate in facts.report.gates if not gate.passed] if facts.report else []
     if not failed:

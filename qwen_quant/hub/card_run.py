@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import PurePath
 from typing import Any
@@ -78,32 +79,55 @@ def _transformers(facts: CardFacts, language: str) -> list[str]:
 
 
 def snippet(facts: CardFacts, language: str) -> str:
-    """A program that loads the artifact and generates one answer, through the chat template where there is one."""
-    prompt = json.dumps(say(language, "prompt"), ensure_ascii=False)
-    lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    """A program that loads the artifact and generates one answer."""
     remark = "  # leave this out where gptqmodel is installed" if facts.model_type in STOCK_FAMILIES else ""
-    lines += [f"import qwen_quant{remark}", ""] if needs_import(facts) else []
+    first = [f"import qwen_quant{remark}", ""] if needs_import(facts) else []
+    return program(facts.target, language, chat=facts.has_chat_template, first=first)
+
+
+def program(target: str, language: str, *, chat: bool, first: Sequence[str] = (), options: Sequence[str] = ()) -> str:
+    """A program that loads `target` with transformers and generates one answer, through the chat template with `chat`.
+
+    `first` are lines after the imports; `options` further keywords of both `from_pretrained`.
+    """
+    more = "".join(f", {option}" for option in options)
+    lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer", "", *first]
     lines += [
-        f"name = {json.dumps(plain(facts.target), ensure_ascii=False)}",
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        f"name = {quoted(plain(target))}",
+        f"tokenizer = AutoTokenizer.from_pretrained(name{more})",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
-        'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=device)',
+        f'model = AutoModelForCausalLM.from_pretrained(name{more}, dtype="auto", device_map=device)',
         "",
     ]
-    if facts.has_chat_template:
+    if chat:
         lines += [
-            f'messages = [{{"role": "user", "content": {prompt}}}]',
+            chat_line(language),
             "inputs = tokenizer.apply_chat_template(",
             '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
             ").to(model.device)",
         ]
     else:
-        lines.append(f'inputs = tokenizer({prompt}, return_tensors="pt").to(model.device)')
+        lines.append(f'inputs = tokenizer({prompt(language)}, return_tensors="pt").to(model.device)')
     lines += [
         "output = model.generate(**inputs, max_new_tokens=256)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return "\n".join(lines)
+
+
+def quoted(text: str) -> str:
+    """`text` as a string of a program."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def prompt(language: str) -> str:
+    """The question of every example, as a string of a program."""
+    return quoted(say(language, "prompt"))
+
+
+def chat_line(language: str) -> str:
+    """The line that makes a conversation of it."""
+    return f'messages = [{{"role": "user", "content": {prompt(language)}}}]'
 
 
 def refusal(facts: CardFacts, runtime: str) -> str:
@@ -159,12 +183,17 @@ def _fits_marlin(facts: CardFacts) -> bool:
 
 def reproduce_section(facts: CardFacts, language: str) -> list[str]:
     """The command that made the weights, and what of its input is not public."""
-    made = facts.made
     parts = [
         f"### {say(language, 'reproduce')}",
         say(language, "reproduce_note"),
         fence("bash", reproduce_command(facts)),
     ]
+    return [*parts, *private_inputs(facts.made, language)]
+
+
+def private_inputs(made: Made, language: str) -> list[str]:
+    """How to recognize what of the command's input is a local file."""
+    parts = []
     if not HUB_ID.fullmatch(made.source_id):
         parts.append(say(language, "reproduce_source", sha256=weights_sha256_of(made.source_sha256)))
     if made.calibration is not None and made.calibration.source != "bundled":
@@ -175,7 +204,11 @@ def reproduce_section(facts: CardFacts, language: str) -> list[str]:
 
 def reproduce_command(facts: CardFacts) -> str:
     """One command line with every setting that is not the default, broken after options."""
-    made = facts.made
+    return quantize_command(facts.made, f"./{plain(facts.name)}")
+
+
+def quantize_command(made: Made, out: str) -> str:
+    """The command that makes `out` as `made` says."""
     local = not HUB_ID.fullmatch(made.source_id)
     model = f"./{plain(made.source_id)}" if local else made.source_id
     if made.revision is not None and not local:
@@ -183,7 +216,7 @@ def reproduce_command(facts: CardFacts) -> str:
     gptq = isinstance(made.config, GPTQConfig)
     pairs = _gptq_options(made, made.config) if isinstance(made.config, GPTQConfig) else _bnb_options(made.config)
     pairs += _shard_option(made)
-    head = ["qwen-quant", "gptq" if gptq else "bnb", model, f"./{plain(facts.name)}"]
+    head = ["qwen-quant", "gptq" if gptq else "bnb", model, out]
     return " \\\n    ".join([shlex.join(head), *(shlex.join(pair) for pair in pairs)])
 
 

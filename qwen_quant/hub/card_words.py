@@ -6,6 +6,8 @@ holds a measured number. Terms of the field (GPTQ, group_size, KV cache) stay as
 
 from __future__ import annotations
 
+from qwen_quant.hub.export_words import EXPORT_TEXTS
+
 LANGUAGES = ("en", "zh")
 LANGUAGE_NAMES = {"en": "English", "zh": "中文"}
 
@@ -328,6 +330,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "licence": ("Licence: {licence}, as the source.", "许可证：{licence}，与原模型相同。"),
     "licence_text": ("Its text is in `{file}`.", "全文见 `{file}`。"),
+    **EXPORT_TEXTS,
 }
 
 # English as the program says it -> Chinese; what is not here is shown in English.
