@@ -22,11 +22,12 @@ from qwen_quant.checkpoint.families import FAMILIES
 from qwen_quant.checkpoint.identity import weights_sha256, weights_sha256_of
 from qwen_quant.checkpoint.manifest import read_manifest
 from qwen_quant.errors import InputError
-from qwen_quant.evaluation.report import report_text
+from qwen_quant.evaluation.report import read_report, report_text
 from qwen_quant.hub import card_words
-from qwen_quant.hub.card import CardRequest, add_evidence, card_problems, make_card, write_card
+from qwen_quant.hub.card import add_evidence, card_problems, make_card, write_card
 from qwen_quant.hub.card_markdown import code, escape, fence, signed
 from qwen_quant.hub.card_source import SourceCard, read_source_card, source_card, with_licence
+from qwen_quant.hub.card_state import CardRequest
 from qwen_quant.inspection import inspect_path
 from qwen_quant.results import GateOutcome
 from qwen_quant.units import format_bytes, format_count, format_seconds
@@ -431,7 +432,9 @@ def test_words_of_both_languages_fit_together() -> None:
         for text in pair
     ]
     assert fields[::2] == fields[1::2]
-    sources = "".join(path.read_text(encoding="utf-8") for path in Path(card_words.__file__).parent.glob("card*.py"))
+    hub = Path(card_words.__file__).parent
+    paths = [*hub.glob("card*.py"), *hub.glob("export*.py")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in paths)
     uses = {key: len(re.findall(f"['\"]{key}['\"]", sources)) for key in card_words.TEXTS}
     unused = [key for key, count in uses.items() if count < 2 and not key.startswith("method_")]
     assert not unused
@@ -446,7 +449,12 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.run(["card", str(folder), "--report", str(moved), "--repo", REPO, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["copied"] == ["report.json"] and document["problems"] == []
-    assert (folder / "report.json").read_bytes() == moved.read_bytes()
+    given, published = read_report(moved), read_report(folder / "report.json")
+    assert "/home/somebody" in moved.read_text() and "/home/somebody" not in (folder / "report.json").read_text()
+    assert (published.baseline, published.quantized) == ("Qwen2-tiny", "artifact")
+    assert published.texts[0].dataset == "wiki.test.raw" and published.texts[0].kl_mean == given.texts[0].kl_mean
+    assert [gate.name for gate in published.gates] == ["max_kl on wiki.test.raw"]
+    assert "secret" not in (folder / "profile.json").read_text()
     for arguments, code_ in (
         (["--repo", "no repository"], 3),
         (["--base-model", "a/b@main"], 3),

@@ -16,10 +16,11 @@ from qwen_quant import cli
 from qwen_quant.bnb_convert import quantize_bnb
 from qwen_quant.bnb_plan import BnbJob
 from qwen_quant.checkpoint.identity import weights_sha256
-from qwen_quant.hub.card import CardRequest, card_problems, make_card
-from qwen_quant.hub.card_facts import CardFacts, gather_facts
+from qwen_quant.hub.card import card_problems, make_card
+from qwen_quant.hub.card_facts import CardFacts, Told, gather_facts
 from qwen_quant.hub.card_run import refusal, reproduce_command, use_section
 from qwen_quant.hub.card_source import SourceCard
+from qwen_quant.hub.card_state import CardRequest
 from qwen_quant.preparation import QuantizeJob
 from qwen_quant.progress import no_progress
 from qwen_quant.recipe import BnbConfig, CalibrationConfig, GPTQConfig, RunConfig
@@ -137,7 +138,7 @@ def test_first_generation_is_converted_before_it_is_served(tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> CardFacts:
     folder = evidence.make_card_folder(tmp_path_factory.mktemp("run") / "artifact", with_profile=False)
-    return gather_facts(folder, SourceCard(), repo_id=None, override_reason="")
+    return gather_facts(folder, Told(SourceCard()))
 
 
 def changed(facts: CardFacts, **changes: Any) -> CardFacts:

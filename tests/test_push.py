@@ -339,9 +339,14 @@ def test_what_must_not_be_sent(push: Pusher, tmp_path: Path) -> None:
 
 
 def test_names_that_are_never_sent(artifact: Path) -> None:
-    for names, word in ((["a.pkl"], "never pushed"), ([".env"], "never pushed"), (["A.txt", "a.TXT"], "only in case")):
+    for names, word in (
+        (["a.pkl"], "never pushed"),
+        (["a.gguf"], "never pushed"),
+        ([".env"], "never pushed"),
+        (["A.txt", "a.TXT"], "only in case"),
+    ):
         with pytest.raises(InputError, match=word):
-            push_checks._check_names(names)
+            push_checks.check_names(names)
 
 
 def test_the_cards_languages(push: Pusher, tmp_path: Path) -> None:

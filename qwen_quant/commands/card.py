@@ -10,7 +10,7 @@ import typer
 from qwen_quant.commands import options
 from qwen_quant.console import Output, Report, show
 
-Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that gptq or bnb wrote")]
+Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="folder that gptq, bnb, export or convert wrote")]
 ReportFile = Annotated[
     Path | None, typer.Option("--report", metavar="FILE", help="report.json of validate, to copy into ARTIFACT")
 ]
@@ -42,20 +42,22 @@ def card(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write the model card (README.md) of an artifact, every number from its report, profile and manifest.
+    """Write the model card (README.md) of an artifact or export, every number from its report, profile and manifest.
 
-    The report and the profile must be of these very weights; they are copied into ARTIFACT, and the manifest is given
-    the hashes of all three. What is not measured is left out. Text between the marked comments of README.md survives,
+    The report and the profile must be of these very weights (an export takes the report of the artifact that it was made
+    from, whose codes it has); they are copied into ARTIFACT, and the manifest is given the hashes of all three. What is not measured is left out. Text between the marked comments of README.md survives,
     and options that are not given stay as the card that is there has them. docs/card.md says what comes from where.
 
     \b
     Examples:
       qwen-quant card ./Qwen2.5-7B-Int4 --report report/report.json --profile profile/profile.json
       qwen-quant card ./Qwen2.5-7B-Int4 --repo me/Qwen2.5-7B-Int4 --base-model Qwen/Qwen2.5-7B --card-language both
+      qwen-quant card ./Qwen2.5-7B-gguf --report ./Qwen2.5-7B-Int4/report.json --repo me/Qwen2.5-7B-GGUF
       qwen-quant card ./out --json
     """
     output = Output(json=json, quiet=quiet)
-    from qwen_quant.hub.card import CardRequest, add_evidence, card_problems, make_card
+    from qwen_quant.hub.card import add_evidence, card_problems, make_card
+    from qwen_quant.hub.card_state import CardRequest
 
     copied = add_evidence(artifact, report=report, profile=profile)
     request = CardRequest(card_language, repo_id=repo, base_model=base_model, force=force)

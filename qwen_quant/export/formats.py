@@ -161,14 +161,19 @@ class Format:
 
 def find_format(name: str) -> Format:
     """The Format called `name`. Errors: UsageError that names the nearest one."""
-    if name not in LOCATIONS:
-        near = difflib.get_close_matches(name.lower(), LOCATIONS, n=1, cutoff=0.4)
-        step = f"did you mean {near[0]}?" if near else "qwen-quant export ARTIFACT --list says what suits it"
-        raise UsageError(f"unknown format '{name}'", f"known formats: {', '.join(LOCATIONS)}", step)
+    check_name(name)
     module, attribute = LOCATIONS[name].split(":")
     found = getattr(importlib.import_module(module), attribute)
     assert isinstance(found, Format)
     return found
+
+
+def check_name(name: str) -> None:
+    """UsageError naming the nearest format where there is none called `name`."""
+    if name not in LOCATIONS:
+        near = difflib.get_close_matches(name.lower(), LOCATIONS, n=1, cutoff=0.4)
+        step = f"did you mean {near[0]}?" if near else "qwen-quant export ARTIFACT --list says what suits it"
+        raise UsageError(f"unknown format '{name}'", f"known formats: {', '.join(LOCATIONS)}", step)
 
 
 def all_formats() -> tuple[Format, ...]:

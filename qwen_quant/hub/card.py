@@ -47,14 +47,22 @@ from qwen_quant.hub.card_quality import failed_gates_notice, quality_section
 from qwen_quant.hub.card_run import use_section
 from qwen_quant.hub.card_source import SourceCard, cached_readme, read_source_card, with_licence
 from qwen_quant.hub.card_speed import speed_sections
-from qwen_quant.hub.card_state import BOTH, CardRequest, CardState, check_request, parse_state, read_state, state_json
+from qwen_quant.hub.card_state import (
+    BOTH,
+    CARD_FILE,
+    CardRequest,
+    CardState,
+    check_request,
+    parse_state,
+    read_state,
+    state_json,
+)
 from qwen_quant.hub.card_words import LANGUAGE_NAMES, LANGUAGES
 from qwen_quant.hub.download import HUB_ID
 from qwen_quant.hub.export_card import EXPORT_AFTER, EXPORT_BEFORE, export_metadata
 from qwen_quant.hub.export_facts import ExportFacts, gather_export_facts
 from qwen_quant.hub.reencoded import Reencoded, is_reencoded, read_reencoded
 
-CARD_FILE = "README.md"
 _FRONT = re.compile(r"\A\ufeff?---\r?\n.*?^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
 Facts = CardFacts | ExportFacts
 BEFORE: tuple[Callable[[CardFacts, str], list[str]], ...] = (failed_gates_notice, intro_section)

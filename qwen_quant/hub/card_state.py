@@ -15,6 +15,7 @@ from qwen_quant.hub.card_source import SourceCard
 from qwen_quant.hub.card_words import LANGUAGES
 from qwen_quant.hub.download import HUB_ID
 
+CARD_FILE = "README.md"
 BOTH = "both"
 CHOICES = (*LANGUAGES, BOTH)
 _OURS = re.compile(r"^<!-- qwen-quant:card (\{.*\}) -->\r?$", re.MULTILINE)

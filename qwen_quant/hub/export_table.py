@@ -32,6 +32,11 @@ class HubFormat:
     weights: tuple[str, ...] = SAFETENSORS
     files: tuple[str, ...] = ()
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Patterns of everything that is this format's."""
+        return (*self.weights, *self.files)
+
 
 HUB_FORMATS = {
     "gptq": HubFormat("GPTQ", "-GPTQ", "transformers", ("gptq",), "gptq"),

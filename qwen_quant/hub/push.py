@@ -1,4 +1,4 @@
-"""The `push` stage: an artifact with its evidence becomes one commit (or pull request) on the hub, or nothing does.
+"""The `push` stage: an artifact or export with its evidence becomes one commit (or pull request), or nothing does.
 
 Checks come first and touch no network. Then large files go to the hub's storage, one commit names everything, every
 remote hash is compared with the local one, and the tag comes last. A push that was interrupted anywhere is continued by
@@ -7,23 +7,20 @@ running it again: stored objects are not sent again, and a commit that is there 
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from qwen_quant import __version__
 from qwen_quant.checkpoint.manifest import read_manifest
-from qwen_quant.errors import InputError, NetworkError, UsageError
-from qwen_quant.hub.card import CardRequest, card_problems, make_card
+from qwen_quant.errors import InputError, NetworkError
 from qwen_quant.hub.commit import Committed, Message, check_card, commit_once, find_own, push_id, upload_contents
-from qwen_quant.hub.consumers import Finding, check_consumers, refuse_errors
-from qwen_quant.hub.download import HUB_ID
+from qwen_quant.hub.consumers import Finding
 from qwen_quant.hub.failures import client_errors, hub_failure
-from qwen_quant.hub.push_checks import check_artifact, check_report, check_signature, check_smoke, upload_files
+from qwen_quant.hub.push_prepare import Checked, PushJob, prepare
 from qwen_quant.hub.push_state import PendingPush, clear_pending, read_pending, write_pending
+from qwen_quant.hub.reencoded import EXPORT
 from qwen_quant.hub.session import Session, ask, open_session
 from qwen_quant.hub.target import (
     TargetState,
@@ -33,39 +30,10 @@ from qwen_quant.hub.target import (
     files_at,
     look,
     make_ready,
+    refuse_public,
 )
 from qwen_quant.progress import ProgressFn
-from qwen_quant.results import ValidationResult
-from qwen_quant.signing import sign_folder
 from qwen_quant.verify import VerifyResult
-
-_REF_NAME = re.compile(r"(?!.*(\.\.|//|@\{|/\.|\.lock$))[A-Za-z0-9][\w./-]*(?<![./])")
-
-
-@dataclass(frozen=True)
-class PushJob:
-    """One push.
-
-    Attributes:
-        folder: the artifact with its evidence. repo_id: "ORG/NAME".
-        private: make the repository private where it does not exist.
-        revision: branch, made where it is missing; None is main. create_pr: a pull request instead of a commit.
-        tag: set on the commit once everything is verified. dry_run: check and compare, change nothing anywhere.
-        override_gates: why failed gates are accepted; it is written into the card.
-        card_language: "en", "zh", "both", or None for the one that the card has (else "en").
-        sign_key: PEM private key for an OpenSSF signature; None signs nothing.
-    """
-
-    folder: Path
-    repo_id: str
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-    tag: str | None = None
-    dry_run: bool = False
-    override_gates: str = ""
-    card_language: str | None = None
-    sign_key: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -113,17 +81,6 @@ class PushResult:
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """The artifact after every check that needs no network."""
-
-    verified: VerifyResult
-    report: ValidationResult
-    findings: tuple[Finding, ...]
-    warnings: tuple[str, ...]
-    files: tuple[UploadFile, ...]
-
-
-@dataclass(frozen=True)
 class _Published:
     """What became of the commit."""
 
@@ -140,66 +97,32 @@ def push(job: PushJob, progress: ProgressFn) -> PushResult:
     is; GateError (exit 4) when a gate failed; NetworkError for what the hub refuses. Nothing is on the hub's branch
     then, except where the error says that a commit is there and differs.
     """
-    started = time.monotonic()
-    _check_job(job)
-    checked = _check(job, progress)
+    return send(prepare(job, progress), progress)
+
+
+def survey(job: PushJob, files: Sequence[UploadFile], format_name: str) -> None:
+    """Ask the hub whether this push could be made, without changing anything there. Errors: as `push`."""
+    session = open_session(job.repo_id, job.revision, create_pr=job.create_pr, need_token=not job.dry_run)
+    try:
+        _planned(job, files, format_name, (session, look(session)))
+    except client_errors() as error:
+        raise hub_failure("push to", job.repo_id, error) from error
+
+
+def send(checked: Checked, progress: ProgressFn) -> PushResult:
+    """Upload, commit once, verify, tag; in a dry run only look. Errors: NetworkError and InputError as `push`."""
+    started, job = time.monotonic(), checked.job
     session = open_session(job.repo_id, job.revision, create_pr=job.create_pr, need_token=not job.dry_run)
     try:
         state = look(session)
         if job.dry_run:
-            found = _planned(job, session, checked.files, state)
+            found = _planned(job, checked.files, checked.format, (session, state))
         else:
-            found = _publish(job, session, checked, make_ready(session, state, private=job.private), progress)
+            found = _publish(session, checked, make_ready(session, state, private=job.private), progress)
             _finish(job, session, checked.files, found, progress)
     except client_errors() as error:
         raise hub_failure("push to", job.repo_id, error) from error
-    return _result(job, session, checked, found, (not state.exists, time.monotonic() - started))
-
-
-def _check_job(job: PushJob) -> None:
-    match = HUB_ID.fullmatch(job.repo_id)
-    if match is None or match["revision"]:
-        raise UsageError(f"'{job.repo_id}' is not a repository", next_step="give ORG/NAME; a branch goes to --revision")
-    if job.create_pr and (job.revision or job.tag):
-        raise UsageError(
-            "--create-pr goes with neither --revision nor --tag",
-            "a pull request is against main, and its commit becomes another one when it is merged",
-            "tag after merging",
-        )
-    for option, name in (("--revision", job.revision), ("--tag", job.tag)):
-        if name is not None and not _REF_NAME.fullmatch(name):
-            raise UsageError(
-                f"{option} is {name!r}", "that is no name of a branch or tag", "use letters, digits, . _ -"
-            )
-
-
-def _check(job: PushJob, progress: ProgressFn) -> _Checked:
-    """Everything that is checked before the network; writes card and signature unless it is a dry run."""
-    folder = job.folder
-    verified = check_artifact(folder, progress, will_sign=job.sign_key is not None)
-    report = check_report(folder, verified.weights_sha256, job.override_gates)
-    findings = check_consumers(folder)
-    refuse_errors(folder, findings)
-    warnings = check_smoke(folder, report, progress)
-    if report.override_reason:
-        warnings = (f"gates overridden: {report.override_reason}", *warnings)
-    if job.dry_run:
-        warnings += tuple(f"card: {problem} (a push writes it again)" for problem in card_problems(folder))
-    else:
-        request = CardRequest(job.card_language, job.repo_id, override_reason=report.override_reason)
-        make_card(folder, request)
-        problems = card_problems(folder)
-        if problems:
-            raise InputError(f"the card of {folder} is not complete", problems[0], _card_step(problems[0], folder))
-        if job.sign_key is not None:
-            sign_folder(folder, job.sign_key)
-        check_signature(folder)
-    return _Checked(verified, report, findings, warnings, upload_files(folder, sealed=not job.dry_run))
-
-
-def _card_step(problem: str, folder: Path) -> str:
-    """The command that mends it, unless the problem names one itself."""
-    return "do what it says and push again" if "qwen-quant" in problem else f"qwen-quant card {folder}"
+    return _result(session, checked, found, (not state.exists, time.monotonic() - started))
 
 
 def _check_tag(job: PushJob, state: TargetState, commit: str | None) -> None:
@@ -222,9 +145,14 @@ def _tagged_or_head(job: PushJob, session: Session, files: Sequence[UploadFile],
     return str(state.head)
 
 
-def _planned(job: PushJob, session: Session, files: Sequence[UploadFile], state: TargetState) -> _Published:
+def _planned(
+    job: PushJob, files: Sequence[UploadFile], format_name: str, target: tuple[Session, TargetState]
+) -> _Published:
     """What a push would do."""
-    found = changes(session, files, state)
+    session, state = target
+    found = changes(session, files, state, format_name)
+    if state.exists and job.private and not state.private:
+        refuse_public(job.repo_id)
     if found.upload or found.delete:
         _check_tag(job, state, None)
     elif state.head:
@@ -232,8 +160,9 @@ def _planned(job: PushJob, session: Session, files: Sequence[UploadFile], state:
     return _Published(Committed(""), "dry run", tuple(file.name for file in found.upload), found.delete)
 
 
-def _publish(job: PushJob, session: Session, checked: _Checked, state: TargetState, progress: ProgressFn) -> _Published:
+def _publish(session: Session, checked: Checked, state: TargetState, progress: ProgressFn) -> _Published:
     """The commit of an earlier run where there is one, else contents and a new one."""
+    job = checked.job
     ident = push_id(session, checked.files)
     pending = read_pending(job.folder, ident)
     if pending is not None or session.create_pr:
@@ -241,7 +170,7 @@ def _publish(job: PushJob, session: Session, checked: _Checked, state: TargetSta
         if earlier is not None:
             _check_tag(job, state, earlier.oid)
             return _Published(earlier, "found")
-    found = changes(session, checked.files, state)
+    found = changes(session, checked.files, state, checked.format)
     if not found.upload and not found.delete and state.head:
         return _Published(Committed(_tagged_or_head(job, session, checked.files, state)), "unchanged")
     _check_tag(job, state, None)
@@ -281,17 +210,17 @@ def _finish(
 
 def _message(job: PushJob, verified: VerifyResult) -> Message:
     """Title and text of the commit: what it is, from what, by what."""
-    settings = read_manifest(job.folder).get("settings", {})
+    manifest = read_manifest(job.folder)
+    settings = manifest.get("settings") or manifest.get("quantization") or {}
     bits = f" {settings['bits']} bit" if "bits" in settings else ""
+    method = str(manifest.get("format", verified.method)) if verified.method == EXPORT else verified.method
     source = verified.source_id + (f"@{verified.source_revision[:12]}" if verified.source_revision else "")
     text = f"qwen-quant {__version__}; weights sha256 {verified.weights_sha256}"
-    return Message(f"{verified.method}{bits} of {source}", text)
+    return Message(f"{method}{bits} of {source}", text)
 
 
-def _result(
-    job: PushJob, session: Session, checked: _Checked, found: _Published, rest: tuple[bool, float]
-) -> PushResult:
-    sent = set(found.sent)
+def _result(session: Session, checked: Checked, found: _Published, rest: tuple[bool, float]) -> PushResult:
+    job, sent = checked.job, set(found.sent)
     files = tuple(
         PushedFile(file.name, file.size, file.sha256, "sent" if file.name in sent else "there")
         for file in checked.files
@@ -309,7 +238,7 @@ def _result(
         sent_bytes=sum(file.size for file in files if file.state == "sent"),
         tag=job.tag,
         signed=any(file.name == "model.sig" for file in files),
-        override_reason=checked.report.override_reason,
+        override_reason=checked.override_reason,
         findings=checked.findings,
         warnings=checked.warnings,
         weights_sha256=checked.verified.weights_sha256,

@@ -10,19 +10,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from qwen_quant.checkpoint.identity import EXPORT_SUFFIXES
 from qwen_quant.checkpoint.manifest import MANIFEST_FILE, SEALABLE, read_manifest
 from qwen_quant.checkpoint.reader import PICKLE_PATTERNS, file_sha256
 from qwen_quant.errors import GateError, InputError
 from qwen_quant.evaluation.gates import check_gates
 from qwen_quant.evaluation.report import JSON_FILE, read_report
+from qwen_quant.hub.card_state import CARD_FILE
+from qwen_quant.hub.export_table import SAFETENSORS
+from qwen_quant.hub.reencoded import Reencoded
 from qwen_quant.hub.target import UploadFile
 from qwen_quant.progress import ProgressFn
 from qwen_quant.results import ValidationResult
 from qwen_quant.signing import SIGNATURE_FILE, stale_names
 from qwen_quant.verify import Problem, VerifyResult, check_verified, verify_folder
 
-CARD_FILE = "README.md"
-_REFUSED = (*PICKLE_PATTERNS, "*.pkl", "*.pickle", "*.joblib", "*.py", "*.so", "*.dll")
+_WEIGHTS = tuple(f"*{suffix}" for suffix in EXPORT_SUFFIXES)
+_REFUSED = (*PICKLE_PATTERNS, "*.pkl", "*.pickle", "*.joblib", "*.py", "*.so", "*.dll", *_WEIGHTS)
 _SMOKE_NEW_TOKENS = 16
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
@@ -48,21 +52,30 @@ def _is_sealed_later(problem: Problem) -> bool:
     )
 
 
-def check_report(folder: Path, weights_sha256: str, override_reason: str) -> ValidationResult:
+def check_report(
+    folder: Path, measured: Sequence[str], override_reason: str, given: Path | None = None
+) -> ValidationResult:
     """report.json of exactly these weights, with gates, all of which pass or are overridden with a reason.
+
+    Args:
+        measured: `weights_sha256` of the weights that it must have measured: these, or for an export also those that
+            it was made from. given: a report that will be put into the folder; None: the one in it.
 
     Errors: InputError without a report or with one of another artifact; GateError (exit 4) when a gate failed, or when
     none was asked for.
     """
     path = folder / JSON_FILE
+    path = given or path
     validate = f"qwen-quant validate {folder} --baseline MODEL --max-kl LIMIT --report {folder}"
+    if len(measured) > 1:
+        validate = f"qwen-quant card {folder} --report FILE puts in the report of the artifact that it was made from"
     if not path.is_file():
         raise InputError(f"{folder} has no {JSON_FILE}", "nothing says how good it is", validate)
     report = read_report(path)
-    if report.quantized_sha256 != weights_sha256:
+    if report.quantized_sha256 not in measured:
         raise InputError(
             f"{path} is the report of another artifact",
-            f"it measured weights {report.quantized_sha256[:12]}..., these are {weights_sha256[:12]}...",
+            f"it measured weights {report.quantized_sha256[:12]}..., these are {measured[0][:12]}...",
             validate,
         )
     report = replace(report, override_reason=override_reason or report.override_reason)
@@ -70,6 +83,22 @@ def check_report(folder: Path, weights_sha256: str, override_reason: str) -> Val
         raise GateError(f"{path} has no gates", "nothing was required of the artifact", validate)
     check_gates(report)
     return report
+
+
+def check_exact(folder: Path, made: Reencoded, override_reason: str) -> None:
+    """The gates were passed by the artifact's numbers: an export with others needs a reason of its own.
+
+    Errors: GateError (exit 4) for an export that is not exact, without one.
+    """
+    if made.exact or override_reason:
+        return
+    what = made.inexact[0][0] if made.inexact else f"--rest {made.rest}"
+    largest = max(made.compared.largest, made.compared.kept_largest) if made.compared else 0.0
+    raise GateError(
+        f"{folder} is not exactly the artifact that was measured",
+        f"{what}: a value differs by up to {largest:.3g}, and no gate was passed by these numbers",
+        "push an exact format, or say why this one: --override-gates REASON (the card says both)",
+    )
 
 
 def check_smoke(folder: Path, report: ValidationResult, progress: ProgressFn) -> tuple[str, ...]:
@@ -105,16 +134,17 @@ def check_signature(folder: Path) -> None:
         )
 
 
-def upload_files(folder: Path, *, sealed: bool = True) -> tuple[UploadFile, ...]:
+def upload_files(folder: Path, own: Sequence[str] = SAFETENSORS, *, sealed: bool = True) -> tuple[UploadFile, ...]:
     """Every file to send, with the sha256 that the manifest records (of manifest and signature: as they are now).
 
-    `sealed` is False for a dry run: card and evidence are then taken as they are.
+    `own` are the patterns of the weights of this format: no others are sent. `sealed` is False for a dry run: card and
+    evidence are then taken as they are.
 
     Errors: InputError for a name that must never be sent, or two names that differ only in case.
     """
     recorded: dict[str, str] = read_manifest(folder)["output"]["sha256"]
     extra = [name for name in (MANIFEST_FILE, SIGNATURE_FILE) if (folder / name).is_file()]
-    _check_names([*recorded, *extra])
+    check_names([*recorded, *extra], own)
     check_secrets(folder)
     hashes = {**recorded, **{name: file_sha256(folder / name) for name in extra}}
     if not sealed:
@@ -137,13 +167,15 @@ def check_secrets(folder: Path) -> None:
             )
 
 
-def _check_names(names: Sequence[str]) -> None:
+def check_names(names: Sequence[str], own: Sequence[str] = SAFETENSORS) -> None:
+    """No hidden file, pickle or code, no weights of another format, no two names that differ in case (InputError)."""
     for name in names:
-        if name.startswith(".") or any(PurePosixPath(name).match(pattern) for pattern in _REFUSED):
+        known = any(PurePosixPath(name).match(pattern) for pattern in own)
+        if name.startswith(".") or (not known and any(PurePosixPath(name).match(pattern) for pattern in _REFUSED)):
             raise InputError(
                 f"the manifest names {name!r}",
-                "hidden files, pickles and code are never pushed",
-                "quantize again: the tool leaves such files behind",
+                "hidden files, pickles, code and weights of another format are never pushed",
+                "quantize or export again: the tool leaves such files behind",
             )
     folded: dict[str, str] = {}
     for name in names:

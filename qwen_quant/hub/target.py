@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
 
+from qwen_quant.checkpoint.identity import EXPORT_SUFFIXES
 from qwen_quant.checkpoint.manifest import MANIFEST_FILE
 from qwen_quant.checkpoint.reader import INDEX_FILE, PICKLE_PATTERNS
 from qwen_quant.errors import InputError
@@ -17,7 +19,7 @@ from qwen_quant.hub.session import MAIN_BRANCH, Session, ask
 from qwen_quant.hub.transport import http_body
 from qwen_quant.signing import SIGNATURE_FILE
 
-_WEIGHTS = ("*.safetensors", INDEX_FILE, "*.bin.index.json", *PICKLE_PATTERNS)
+_WEIGHTS = (*(f"*{suffix}" for suffix in EXPORT_SUFFIXES), INDEX_FILE, "*.bin.index.json", *PICKLE_PATTERNS)
 _LARGEST_MANIFEST_BYTES = 64 << 20
 
 
@@ -103,9 +105,7 @@ def make_ready(session: Session, state: TargetState, *, private: bool) -> Target
 
     api = HfApi()
     if state.exists and private and not state.private:
-        raise InputError(
-            f"'{session.repo_id}' exists and is public", "--private was given", "make it private in its settings"
-        )
+        refuse_public(session.repo_id)
     if not state.exists:
         ask(lambda: api.create_repo(session.repo_id, private=True if private else None, exist_ok=True))
         state = look(session)
@@ -113,6 +113,11 @@ def make_ready(session: Session, state: TargetState, *, private: bool) -> Target
         ask(lambda: api.create_branch(session.repo_id, branch=session.branch, exist_ok=True))
         state = look(session)
     return state
+
+
+def refuse_public(repo_id: str) -> NoReturn:
+    """A private repository was asked for, and it is public (InputError)."""
+    raise InputError(f"'{repo_id}' exists and is public", "--private was given", "make it private in its settings")
 
 
 def is_same(file: UploadFile, remote: RemoteFile | None) -> bool:
@@ -130,18 +135,26 @@ def differing(files: Iterable[UploadFile], remote: Iterable[RemoteFile]) -> list
     return [file.name for file in files if not is_same(file, there.get(file.name))]
 
 
-def changes(session: Session, files: Sequence[UploadFile], state: TargetState) -> Changes:
-    """Compare the artifact with the target.
+def changes(session: Session, files: Sequence[UploadFile], state: TargetState, format_name: str = "") -> Changes:
+    """Compare the artifact with the target; `format_name` is the format of an export ("" for an artifact itself).
 
     What an earlier push of this tool left there and this artifact does not have is removed in the same commit. Weights
     of anybody else are never removed: readers would mix them with these, so such a target is refused.
 
-    Errors: InputError naming the foreign weights.
+    Errors: InputError naming the foreign weights, or where an earlier push was of another format: the two would
+    replace each other.
     """
     differ = set(differing(files, state.files))
     own = {file.name for file in files}
     others = [file.path for file in state.files if file.path not in own]
-    earlier = _earlier_names(session, state) if others else set()
+    there = _earlier_manifest(session, state) if others else {}
+    earlier = _names(there)
+    if earlier and _format(there) != format_name:
+        raise InputError(
+            f"'{session.repo_id}' holds {_format(there) or there.get('method', 'an artifact')} of an earlier push",
+            f"{format_name or 'the artifact itself'} would replace it, and a runtime loads a repository's root",
+            "give each format a repository of its own",
+        )
     delete = tuple(sorted(name for name in others if name in earlier))
     foreign = [name for name in others if name not in earlier and _is_weights(name)]
     if foreign:
@@ -158,13 +171,25 @@ def _is_weights(name: str) -> bool:
     return any(PurePosixPath(name).match(pattern) for pattern in _WEIGHTS)
 
 
-def _earlier_names(session: Session, state: TargetState) -> set[str]:
-    """Files that the manifest of an earlier push at the target names (empty without a readable one)."""
+def _names(manifest: dict[str, Any]) -> set[str]:
+    """Files that the manifest of an earlier push names."""
+    try:
+        return {*map(str, manifest["output"]["sha256"]), SIGNATURE_FILE}
+    except (KeyError, TypeError):
+        return set()
+
+
+def _format(manifest: dict[str, Any]) -> str:
+    return str(manifest.get("format", "")) if manifest.get("method") == "export" else ""
+
+
+def _earlier_manifest(session: Session, state: TargetState) -> dict[str, Any]:
+    """The manifest of an earlier push at the target ({} without a readable one)."""
     from huggingface_hub import hf_hub_url
 
     sizes = {file.path: file.size for file in state.files}
     if sizes.get(MANIFEST_FILE, _LARGEST_MANIFEST_BYTES + 1) > _LARGEST_MANIFEST_BYTES:
-        return set()
+        return {}
     url = hf_hub_url(session.repo_id, MANIFEST_FILE, revision=state.head)
 
     def read() -> bytes:
@@ -172,7 +197,7 @@ def _earlier_names(session: Session, state: TargetState) -> set[str]:
             return b"".join(body.chunks)
 
     try:
-        names = json.loads(ask(read))["output"]["sha256"]
-        return {*map(str, names), SIGNATURE_FILE}
-    except (ValueError, KeyError, TypeError):
-        return set()
+        found = json.loads(ask(read))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

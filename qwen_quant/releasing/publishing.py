@@ -12,8 +12,10 @@ from qwen_quant.checkpoint.manifest import MANIFEST_FILE, SEALABLE, versions
 from qwen_quant.errors import InputError
 from qwen_quant.evaluation.report import JSON_FILE
 from qwen_quant.export.export import ExportJob, export_artifact
-from qwen_quant.hub.card import CARD_FILE, CardRequest, add_evidence, card_problems, make_card
-from qwen_quant.hub.push import PushJob, push
+from qwen_quant.hub.card import add_evidence, card_problems, make_card
+from qwen_quant.hub.card_state import CARD_FILE, CardRequest
+from qwen_quant.hub.push import push
+from qwen_quant.hub.push_prepare import PushJob
 from qwen_quant.profiling.page import JSON_FILE as PROFILE_FILE
 from qwen_quant.progress import ProgressFn
 from qwen_quant.releasing.making import KEPT_CARD
