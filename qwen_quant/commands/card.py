@@ -44,9 +44,10 @@ def card(
 ) -> None:
     """Write the model card (README.md) of an artifact or export, every number from its report, profile and manifest.
 
-    The report and the profile must be of these very weights (an export takes the report of the artifact that it was made
-    from, whose codes it has); they are copied into ARTIFACT, and the manifest is given the hashes of all three. What is not measured is left out. Text between the marked comments of README.md survives,
-    and options that are not given stay as the card that is there has them. docs/card.md says what comes from where.
+    The report and the profile must be of these very weights (an export takes the report of the artifact whose codes it
+    has); they are copied into ARTIFACT, and the manifest is given the hashes of all three. What is not measured is left
+    out. Text between the marked comments of README.md survives, and options that are not given stay as the card that is
+    there has them. docs/card.md says what comes from where.
 
     \b
     Examples:

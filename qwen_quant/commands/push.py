@@ -67,8 +67,8 @@ def push(
     every remote hash is compared. An interrupted push is continued by the same command, and makes no second commit.
 
     DIR may be an export too: its gates are those of the artifact whose codes it has. With --format the exports are made
-    beside DIR (DIR-gguf), taken as they are where they are up to date, and pushed after it to repositories of their own;
-    every check of all of them comes before the first byte is sent.
+    beside DIR (DIR-gguf), or taken as they are where they are up to date, and pushed after it to repositories of their
+    own; every check of all of them comes before the first byte is sent.
 
     The token is the hub's own: hf auth login, or HF_TOKEN.
 

@@ -20,7 +20,7 @@ from qwen_quant.hub.consumers import Finding
 from qwen_quant.hub.failures import client_errors, hub_failure
 from qwen_quant.hub.push_prepare import Checked, PushJob, prepare
 from qwen_quant.hub.push_state import PendingPush, clear_pending, read_pending, write_pending
-from qwen_quant.hub.reencoded import EXPORT
+from qwen_quant.hub.reencoded import is_reencoded, read_reencoded
 from qwen_quant.hub.session import Session, ask, open_session
 from qwen_quant.hub.target import (
     TargetState,
@@ -213,8 +213,11 @@ def _message(job: PushJob, verified: VerifyResult) -> Message:
     manifest = read_manifest(job.folder)
     settings = manifest.get("settings") or manifest.get("quantization") or {}
     bits = f" {settings['bits']} bit" if "bits" in settings else ""
-    method = str(manifest.get("format", verified.method)) if verified.method == EXPORT else verified.method
-    source = verified.source_id + (f"@{verified.source_revision[:12]}" if verified.source_revision else "")
+    method, source, revision = verified.method, verified.source_id, verified.source_revision
+    if is_reencoded(manifest):
+        made = read_reencoded(job.folder)
+        method, source, revision = made.format or made.method, made.base_id, made.base_revision
+    source += f"@{revision[:12]}" if revision else ""
     text = f"qwen-quant {__version__}; weights sha256 {verified.weights_sha256}"
     return Message(f"{method}{bits} of {source}", text)
 

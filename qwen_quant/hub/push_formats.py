@@ -22,6 +22,7 @@ from qwen_quant.hub.push import PushResult, send, survey
 from qwen_quant.hub.push_prepare import Checked, PushJob, check_job, prepare
 from qwen_quant.hub.reencoded import EXPORT, is_reencoded, read_reencoded
 from qwen_quant.progress import ProgressFn
+from qwen_quant.recipe import RunConfig
 
 NOT_TRIED = "not tried: the artifact itself was not pushed"
 TO_EXPORT = "would be exported first"
@@ -171,13 +172,18 @@ def _dry_run(
     job: PushJob, targets: Sequence[FormatTarget], jobs: Sequence[PushJob], progress: ProgressFn
 ) -> tuple[PushedRepository, ...]:
     """What would be pushed where; an export that is not there yet is only checked to be possible."""
-    rows = [PushedRepository("", job.repo_id, job.folder, send(prepare(job, progress), progress))]
+    main, checked = prepare(job, progress), []
     for target, one in zip(targets, jobs, strict=True):
+        there = is_unchanged(job.folder, target.format, one.folder)
+        if not there:
+            _check_possible(job.folder, target.format)
+        checked.append(prepare(one, progress) if there else None)
+    rows = [PushedRepository("", job.repo_id, job.folder, send(main, progress))]
+    for target, one, found in zip(targets, jobs, checked, strict=True):
         row = PushedRepository(target.format, target.repo_id, one.folder)
-        if is_unchanged(job.folder, target.format, one.folder):
-            rows.append(replace(row, result=send(prepare(one, progress), progress)))
+        if found is not None:
+            rows.append(replace(row, result=send(found, progress)))
             continue
-        _check_possible(job.folder, target.format)
         survey(one, (), target.format)
         rows.append(replace(row, note=TO_EXPORT))
     return tuple(rows)
@@ -217,11 +223,10 @@ def is_unchanged(artifact: Path, format_name: str, folder: Path) -> bool:
 
 def make_export(artifact: Path, format_name: str, folder: Path, progress: ProgressFn) -> None:
     """Export, unless `folder` is that already; text written by hand into its card stays. Errors: as `export`."""
-    from qwen_quant.export.export import ExportJob, export_artifact
-    from qwen_quant.recipe import RunConfig
-
     if is_unchanged(artifact, format_name, folder):
         return
+    from qwen_quant.export.export import ExportJob, export_artifact  # loads transformers
+
     card = folder / CARD_FILE
     text = card.read_bytes() if card.is_file() else None
     run = RunConfig(force=folder.exists())
