@@ -22,7 +22,7 @@ DEVICES = ("auto", "cpu", "cuda")
 EXPERT_POLICIES = ("route-all", "pool", "round")
 KV_CACHES = ("bf16", "int8", "qwen")
 RECIPE_NAME = "qwen-quant.toml"
-RELEASE_TABLES = ("release", "profile", "tasks", "export")  # `qwen-quant release` reads and checks them (releasing/)
+RELEASE_TABLES = ("release", "profile", "tasks")  # `qwen-quant release` reads and checks them (releasing/)
 
 
 def _require(condition: bool, what: str, next_step: str) -> None:

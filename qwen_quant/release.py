@@ -30,7 +30,7 @@ from qwen_quant.releasing.records import (
     why_run,
     write_record,
 )
-from qwen_quant.releasing.settings import ReleaseRecipe, check_repo
+from qwen_quant.releasing.settings import ReleaseRecipe, check_repo, targets_of
 from qwen_quant.releasing.stage import Context, Stage
 from qwen_quant.releasing.stages import STAGES
 from qwen_quant.results import to_json
@@ -93,6 +93,7 @@ class ReleaseResult:
 
     Attributes:
         recipe, recipe_sha256: the file it was made from. model: as in it. repo: where it was pushed or will be.
+        formats: format -> where it was pushed or will be ("" for nowhere).
         work: the work folder; artifact: the folder that is released ("" before it exists).
         stages: every stage in its order.
         complete: every stage that was asked for is done. error: what stopped it, None where nothing did.
@@ -103,6 +104,7 @@ class ReleaseResult:
     recipe_sha256: str
     model: str
     repo: str
+    formats: dict[str, str]
     work: Path
     artifact: str
     stages: tuple[StageOutcome, ...]
@@ -124,6 +126,7 @@ def check_job(job: ReleaseJob) -> None:
     if job.until and job.until not in names:
         raise UsageError(f"--until {job.until}: there is no such stage", next_step=f"use one of {', '.join(names)}")
     check_repo(job.repo)
+    targets_of(job.recipe, target(job))
 
 
 def target(job: ReleaseJob) -> str:
@@ -246,13 +249,14 @@ class _Run:
 
     def _result(self, rows: tuple[StageOutcome, ...]) -> ReleaseResult:
         recipe, kind = self.job.recipe, self.job.recipe.release.kind
-        names = [row.name for row in rows]
+        names, repo = [row.name for row in rows], self.context.repo if self.job.push else ""
         wanted = rows[: names.index(self.job.until) + 1] if self.job.until else rows
         return ReleaseResult(
             recipe=str(recipe.path),
             recipe_sha256=recipe.sha256,
             model=recipe.model,
-            repo=self.context.repo if self.job.push else "",
+            repo=repo,
+            formats={row.format: row.repo_id if repo else "" for row in targets_of(recipe, self.context.repo)},
             work=self.context.work,
             artifact=str(self.context.folder(kind)) if kind in self.context.records else "",
             stages=rows,

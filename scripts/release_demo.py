@@ -34,7 +34,7 @@ RECIPE = ROOT / "recipes" / "demo.toml"
 SOURCE, TARGET = "demo-org/Tiny-Qwen3", "demo-org/Tiny-Qwen3-GPTQ-Int4"
 SOURCE_CARD = "---\nlicense: apache-2.0\nlanguage: [en]\npipeline_tag: text-generation\n---\n# Tiny-Qwen3\n"
 INPUTS = {"repo": TARGET, "push": "true", "upload_model": "false", "runner": "here"}
-NOT_HERE = ("Install",)
+NOT_HERE = ("Install", "Install what the formats of the recipe need")
 CONDITIONS = {  # as they stand in the workflow, for this run: the secret is there, push is ticked, all steps succeed
     "always()": True,
     "success() && inputs.push && env.HAS_TOKEN == 'true'": True,
@@ -82,18 +82,20 @@ def applies(text: str | None) -> bool:
 
 
 def check(place: Path, hub: Hub) -> None:
-    """The Hub holds every file of the artifact, byte for byte, in one commit after its first."""
+    """The Hub holds every file of the artifact and of its exports, byte for byte, in one commit after the first."""
     document = json.loads((place / "release-work" / "release.json").read_text(encoding="utf-8"))
     assert document["complete"], document["error"]
-    artifact = Path(document["artifact"])
-    commits = hub.commits(TARGET)
-    remote = commits[0].files
-    for path in sorted(artifact.iterdir()):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert digest == hashlib.sha256(hub.file_bytes(TARGET, "main", path.name)).hexdigest(), path.name
-    names = {path.name for path in artifact.iterdir()}
-    assert set(remote) - {".gitattributes"} == names, set(remote) ^ names
-    print(f"\n{TARGET} on the loopback Hub: {len(names)} files equal to the artifact, {len(commits)} commit(s)")
+    folders = {TARGET: Path(document["artifact"])}
+    for name, repo in document["formats"].items():
+        folders[repo] = next((place / "release-work").glob(f"exports-*/*-{name}"))
+    for repo, folder in folders.items():
+        commits = hub.commits(repo)
+        for path in sorted(folder.iterdir()):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            assert digest == hashlib.sha256(hub.file_bytes(repo, "main", path.name)).hexdigest(), path.name
+        names = {path.name for path in folder.iterdir()}
+        assert set(commits[0].files) - {".gitattributes"} == names, set(commits[0].files) ^ names
+        print(f"\n{repo} on the loopback Hub: {len(names)} files equal to {folder.name}, {len(commits)} commit(s)")
 
 
 def main() -> None:

@@ -67,6 +67,12 @@ def speed_rows(figures: dict[str, Any]) -> Rows:
     ]
 
 
+def repository_rows(figures: dict[str, Any]) -> Rows:
+    """One row a repository: of the artifact, then of each format."""
+    rows = [{"format": "", **figures}, *figures.get("formats", [])] if figures else []
+    return [(row["format"] or "artifact", row["repo"], row["outcome"], row["commit"] or "-") for row in rows]
+
+
 def summary(document: dict[str, Any]) -> str:
     """The whole page."""
     figures = {stage["name"]: stage["figures"] for stage in document["stages"]}
@@ -78,6 +84,7 @@ def summary(document: dict[str, Any]) -> str:
     validate, gate, profile = (figures.get(name, {}) for name in ("validate", "gate", "profile"))
     parts += [
         table("Stages", ("stage", "status", "time", ""), stage_rows(document["stages"])),
+        table("Repositories", ("", "repository", "", "commit"), repository_rows(figures.get("push", {}))),
         table("Gates", ("gate", "value", "limit", ""), gate_rows(gate)),
         table("Texts", ("text", "KL divergence", "perplexity ratio", "top-1 agreement"), quality_rows(validate)),
         table("Tasks", ("task", "source", "quantized"), task_rows(validate)),

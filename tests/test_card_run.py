@@ -184,3 +184,11 @@ def test_odd_folder_names_are_quoted(facts: CardFacts, name: str) -> None:
     assert shlex.split(reproduce_command(odd).replace("\\\n", " "))[3] == f"./{name}"
     python = next(body for kind, body in BLOCK.findall("\n".join(use_section(odd, "en"))) if kind == "python")
     compile(python, "card", "exec")
+
+
+def test_the_size_of_shards_is_part_of_the_same_bytes(facts: CardFacts) -> None:
+    assert facts.made.max_shard_size_bytes is None and "--max-shard-size" not in reproduce_command(facts)
+    for size, there in ((2_000_000_000, False), (500_000_000, True)):
+        made = dataclasses.replace(facts.made, max_shard_size_bytes=size)
+        command = reproduce_command(dataclasses.replace(facts, made=made))
+        assert ("--max-shard-size 500000000" in command) == there

@@ -91,7 +91,7 @@ def test_each_format_goes_to_its_own_repository_and_a_second_push_is_none(
         assert (card.data.library_name, card.data.base_model) == ("gguf", "Qwen/Qwen2-tiny")
         assert card.data.base_model_relation == "quantized" and card.data.license_name == "tongyi-qianwen"
         assert "--hf-repo loop/tiny-Int4-GGUF --hf-file model.gguf" in card.text
-        assert "max_kl on text" in card.text and "largest difference 0" in card.text
+        assert "max\\_kl on text" in card.text and "largest difference 0" in card.text
         again, _ = push(hub, *options)
         assert [row["outcome"] for row in again["repositories"]] == ["unchanged"] * 3
         assert [row["commit"] for row in again["repositories"]] == [row["commit"] for row in rows.values()]

@@ -19,7 +19,7 @@ from qwen_quant.evaluation.report import read_report
 from qwen_quant.profile import profile_models
 from qwen_quant.profiling.protocol import Cell
 from qwen_quant.progress import no_progress
-from qwen_quant.release import ReleaseJob, ReleaseResult, run_release
+from qwen_quant.release import ReleaseJob, ReleaseResult, plan_release, run_release
 from qwen_quant.releasing import measuring
 from qwen_quant.releasing.settings import load_release
 from tests.support.checkpoints import text_file
@@ -134,6 +134,30 @@ def test_a_failed_gate_stops_the_release_and_is_in_its_record(release: Release, 
     overridden = release(max_kl=0.0, release=reason)
     assert overridden.complete and statuses(overridden)["validate"] == "unchanged"
     assert "a test" in (Path(overridden.artifact) / "README.md").read_text()
+
+
+def test_exports_are_made_once_and_their_cards_follow_the_artifacts(release: Release, tmp_path: Path) -> None:
+    formats = 'profile = "none"\nformats = ["awq", "gptq_v2=org/second"]'
+    first = release(release=formats)
+    assert first.complete and statuses(first)["export"] == "done"
+    assert first.formats == {"awq": "", "gptq_v2": ""}, "nothing is pushed"
+    parent = next((tmp_path / "work").glob("exports-*"))
+    folder = parent / f"{Path(first.artifact).name}-awq"
+    card = (folder / "README.md").read_text()
+    assert "quant_method" in (folder / "config.json").read_text() and "huggingface.co/org/second)" in card
+    assert "huggingface.co/org/name-AWQ)" in (Path(first.artifact) / "README.md").read_text()
+    report = (folder / "report.json").read_bytes()
+    assert report == (Path(first.artifact) / "report.json").read_bytes()
+    assert set(statuses(release(release=formats)).values()) == {"unchanged"}
+    marked = next(line for line in card.splitlines() if line.startswith("<!-- ") and "begin" in line)
+    (folder / "README.md").write_text(card.replace(marked, f"{marked}\nwritten by hand"))
+    (folder / "model.safetensors").write_bytes(b"")
+    again = release(release=formats, max_kl=50.0)
+    assert {name for name, status in statuses(again).items() if status == "done"} == {"gate", "export", "card"}
+    assert again.complete and "written by hand" in (folder / "README.md").read_text()
+    plan = plan_release(ReleaseJob(load_release(tmp_path / "recipe.toml"), tmp_path / "work", "org/name", push=False))
+    assert {row.name: row.status for row in plan.stages}["export"] == "unchanged"
+    assert "[export]" not in str(plan) and release().complete
 
 
 def test_damage_is_repaired_and_text_written_by_hand_stays(release: Release) -> None:

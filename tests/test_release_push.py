@@ -22,7 +22,7 @@ from tests.test_release import write_recipe
 
 SOURCE, TARGET = "org/tiny", "org/tiny-Int4"
 CARD = b"---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Tiny\n"
-SETTINGS = 'profile = "none"\nlicence = "apache-2.0"\ntag = "v1"'
+SETTINGS = 'profile = "none"\nlicence = "apache-2.0"\ntag = "v1"\nformats = ["awq"]'
 COMMIT = f"POST /api/models/{TARGET}/commit/"
 DEADLINE_SECONDS = 120
 
@@ -105,13 +105,18 @@ def test_a_failed_gate_pushes_nothing_and_kills_cost_nothing(
 
     document = finished(start(recipe), 0)
     statuses = {row["name"]: row["status"] for row in document["stages"] if row["status"] != "left out"}
-    assert statuses == {**dict.fromkeys(("download", "gptq", "validate", "gate", "card"), "unchanged"), "push": "done"}
+    earlier = ("download", "gptq", "validate", "gate", "export", "card")
+    assert statuses == {**dict.fromkeys(earlier, "unchanged"), "push": "done"}
     artifact = Path(document["artifact"])
     pushed = [commit for commit in hub.commits(TARGET) if "config.json" in commit.files]
     assert len(pushed) == 1 and hub.repository(TARGET).tags["v1"] == pushed[0].oid
     assert set(pushed[0].files) - {".gitattributes"} == {path.name for path in artifact.iterdir()}
     for path in artifact.iterdir():
         assert hub.file_bytes(TARGET, "main", path.name) == path.read_bytes()
+    export = next((tmp_path / "work").glob("exports-*/*-awq"))
+    assert document["formats"] == {"awq": f"{TARGET}-AWQ"} and hub.repository(f"{TARGET}-AWQ").tags
+    for path in export.iterdir():
+        assert hub.file_bytes(f"{TARGET}-AWQ", "main", path.name) == path.read_bytes()
     assert hub.token not in json.dumps(document) + (tmp_path / "work" / "release.json").read_text()
 
     whole = write_recipe(tmp_path, qwen2_folder, release=SETTINGS, samples=40)

@@ -20,7 +20,7 @@ from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.errors import InputError
 
 VERSIONS = {"transformers": "5.23.0", "vLLM": "0.32.0", "SGLang": "0.5", "Hub": "huggingface_hub 2.4.0"}
-"""What the rules were established on: run (transformers, vLLM on CPU), or read in its sources (SGLang)."""
+"""What the rules were established on; docs/consumers.md says which were run, read, or taken from documentation."""
 
 Consumer = Literal["transformers", "vLLM", "SGLang", "Hub"]
 Severity = Literal["error", "warning"]

@@ -14,7 +14,14 @@ from typing import Any
 from qwen_quant.bnb_convert import quantize_bnb
 from qwen_quant.bnb_plan import BnbJob
 from qwen_quant.calibration import BUNDLED, BUNDLED_FILE
-from qwen_quant.checkpoint.manifest import MANIFEST_FILE, SEALABLE, read_manifest, source_hashes, versions
+from qwen_quant.checkpoint.manifest import (
+    MANIFEST_FILE,
+    SEALABLE,
+    carried_hashes,
+    read_manifest,
+    source_hashes,
+    versions,
+)
 from qwen_quant.checkpoint.reader import file_sha256
 from qwen_quant.data import bundled_path
 from qwen_quant.errors import InputError
@@ -163,13 +170,19 @@ def _stands(context: Context, out: Path) -> bool:
     out.parent.mkdir(exist_ok=True)
     if not out.exists():
         return False
-    hashes = read_manifest(out)["output"]["sha256"] if (out / MANIFEST_FILE).is_file() else {}
-    weights = {name: value for name, value in hashes.items() if name not in SEALABLE}
-    if weights and all((out / name).is_file() and file_sha256(out / name) == value for name, value in weights.items()):
+    if is_whole(out):
         return True
-    _keep_card(context, out)
+    keep_card(context, out)
     shutil.rmtree(out)
     return False
+
+
+def is_whole(out: Path) -> bool:
+    """Whether every file of a finished folder, but card and evidence, is the one that its manifest names."""
+    hashes = carried_hashes(read_manifest(out)) if (out / MANIFEST_FILE).is_file() else {}
+    return bool(hashes) and all(
+        (out / name).is_file() and file_sha256(out / name) == value for name, value in hashes.items()
+    )
 
 
 def _made(context: Context, out: Path) -> Made:
@@ -177,7 +190,7 @@ def _made(context: Context, out: Path) -> Made:
     for other in sorted(context.work.glob("artifact-*")):
         if other != out.parent:
             for folder in sorted(other.iterdir()):
-                _keep_card(context, folder)
+                keep_card(context, folder)
             shutil.rmtree(other)
     for left in [WorkFolder(out).root, out.with_name(f".{out.name}.old")]:
         shutil.rmtree(left, ignore_errors=True)
@@ -198,11 +211,11 @@ def _made(context: Context, out: Path) -> Made:
     return Made(out, names, (MANIFEST_FILE,), figures, summary)
 
 
-def _keep_card(context: Context, folder: Path) -> None:
-    """Copy the card of an artifact that is about to go: it may hold text written by hand."""
+def keep_card(context: Context, folder: Path, kept: str = CARD_FILE) -> None:
+    """Copy the card of a folder that is about to go to KEPT_CARD / `kept`: it may hold text written by hand."""
     if (folder / CARD_FILE).is_file():
         (context.work / KEPT_CARD).mkdir(exist_ok=True)
-        shutil.copyfile(folder / CARD_FILE, context.work / KEPT_CARD / CARD_FILE)
+        shutil.copyfile(folder / CARD_FILE, context.work / KEPT_CARD / kept)
 
 
 def _other_kind(kind: str) -> Any:

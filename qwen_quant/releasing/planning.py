@@ -17,7 +17,7 @@ from qwen_quant.hub.plan_files import select
 from qwen_quant.plan import make_plan
 from qwen_quant.releasing.making import DOWNLOAD, artifact_folder, bnb_job, gptq_job, local_source
 from qwen_quant.releasing.records import Record, file_facts, read_record, why_run
-from qwen_quant.releasing.settings import ReleaseRecipe
+from qwen_quant.releasing.settings import ReleaseRecipe, targets_of
 from qwen_quant.releasing.stage import Context, Stage
 from qwen_quant.units import format_bytes, format_seconds
 
@@ -116,6 +116,8 @@ def _predict(stage: Stage, context: Context) -> Prediction:
     """What a stage would take, from what is known before it runs."""
     if stage.name == "download":
         return _predict_download(context)
+    if stage.name == "export" and context.recipe.release.kind in context.records:
+        return _predict_export(context)
     if stage.name not in ("gptq", "bnb"):
         return Prediction(why="it depends on the artifact and on this machine")
     if "download" not in context.records:
@@ -165,6 +167,19 @@ def _predict_bnb(context: Context) -> Prediction:
     offsets = dict.fromkeys(ready.accounting.quantized, 1.0) if ready.job.bnb.double_quant else {}
     size = sum(shard.nbytes for shard in bnb_plan.plan(ready, offsets))
     return Prediction(disk_bytes=size, output_bytes=size, why="its speed is the disk's")
+
+
+def _predict_export(context: Context) -> Prediction:
+    """Sizes of every format, from the headers of the artifact."""
+    from qwen_quant.export.formats import ExportOptions, find_format
+    from qwen_quant.export.source import ExportSource
+
+    source = ExportSource(context.folder(context.recipe.release.kind))
+    options = ExportOptions(max_shard_size_bytes=context.recipe.base.run.max_shard_size_bytes)
+    rows = targets_of(context.recipe, context.repo)
+    size = sum(find_format(row.format).plan(source, options).weight_bytes for row in rows)
+    where = ", ".join(f"{row.format} for {row.repo_id}" if context.repo else row.format for row in rows)
+    return Prediction(disk_bytes=size, output_bytes=size, why=f"its speed is the disk's ({where})")
 
 
 def prediction_text(row: StagePlan) -> tuple[str, str, str, str]:

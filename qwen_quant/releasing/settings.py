@@ -1,4 +1,4 @@
-"""What a release recipe holds beyond `qwen-quant.toml`: [release], [profile], [tasks] and [export]."""
+"""What a release recipe holds beyond `qwen-quant.toml`: [release], [profile] and [tasks]."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from qwen_quant.checkpoint.reader import file_sha256
-from qwen_quant.errors import InputError
-from qwen_quant.export.formats import find_format
+from qwen_quant.errors import InputError, UsageError
+from qwen_quant.hub.push_formats import FormatTarget, parse_targets
 from qwen_quant.profiling.protocol import ProfileConfig
 from qwen_quant.recipe import Recipe, parse_size, read_section, read_toml, refuse_rest, take_recipe
 
 KINDS = ("gptq", "bnb")
 SOURCES = ("hf", "modelscope")
 LANGUAGES = ("en", "zh", "both")
+_NOWHERE = "no/repository"
 PROFILED = ("both", "artifact", "none")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -43,6 +44,8 @@ class ReleaseConfig:
         licence: the licence that the source's card must name (e.g. "apache-2.0"); "" accepts any.
         profile: which models are profiled: "both", only the "artifact", or "none".
         override_gates: why failed gates are accepted; it is written into report and card. "" accepts none.
+        formats: other formats that the artifact is exported to and pushed in, each to a repository of its own:
+            "gguf", or "gguf=org/other" to name it.
     """
 
     kind: str = "gptq"
@@ -58,6 +61,7 @@ class ReleaseConfig:
     licence: str = ""
     profile: str = "both"
     override_gates: str = ""
+    formats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a value outside its range with one InputError that names it."""
@@ -99,13 +103,6 @@ class TasksConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    """Other formats that the finished artifact is re-encoded into (`qwen-quant export`); empty: none."""
-
-    formats: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class ReleaseRecipe:
     """One release: the recipe that every command knows and what only a release needs.
 
@@ -121,7 +118,6 @@ class ReleaseRecipe:
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
 
 
 def check_repo(repo: str) -> None:
@@ -143,11 +139,20 @@ def load_release(path: Path) -> ReleaseRecipe:
         release=read_section(table, "release", ReleaseConfig, path),
         profile=read_section(table, "profile", ProfileConfig, path),
         tasks=read_section(table, "tasks", TasksConfig, path),
-        export=read_section(table, "export", ExportConfig, path),
     )
+    if "export" in table:
+        raise InputError(f"{path}: there is no table [export]", next_step="formats = [...] stands in [release]")
     refuse_rest(table, path)
     _check_together(recipe)
     return recipe
+
+
+def targets_of(recipe: ReleaseRecipe, repo: str) -> tuple[FormatTarget, ...]:
+    """The recipe's formats and where each goes beside `repo` ("": nowhere, and their repositories have no meaning).
+
+    Errors: UsageError for an unknown format, or a repository given twice.
+    """
+    return parse_targets(recipe.release.formats, repo or _NOWHERE, recipe.base.gptq.bits)
 
 
 def _sizes(table: dict[str, Any], path: Path) -> None:
@@ -173,10 +178,12 @@ def _check_together(recipe: ReleaseRecipe) -> None:
         raise InputError(
             f"{path}: max_task_drop is set but no task is run", next_step="name tasks or a preset: [tasks]"
         )
-    for name in recipe.export.formats:
-        find_format(name)
-    if recipe.export.formats and release.kind != "gptq":
-        step = 'leave [export] out, or set kind = "gptq"'
+    try:
+        targets_of(recipe, release.repo)
+    except UsageError as error:
+        raise UsageError(f"{path}: [release] formats: {error.what}", error.why, error.next_step) from None
+    if release.formats and release.kind != "gptq":
+        step = 'leave formats out, or set kind = "gptq"'
         raise InputError(f"{path}: formats has no meaning with kind {release.kind!r}", "only Int4 is re-encoded", step)
     if release.source == "modelscope" and "/" not in recipe.model:
         raise InputError(f"{path}: '{recipe.model}' is not a ModelScope id", next_step="write it as org/name@revision")
