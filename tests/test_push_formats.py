@@ -16,10 +16,15 @@ from qwen_quant.checkpoint.manifest import write_manifest
 from qwen_quant.errors import InputError, UsageError
 from qwen_quant.export.export import ExportJob, export_artifact
 from qwen_quant.export.formats import LOCATIONS
-from qwen_quant.hub.card import card_problems
+from qwen_quant.hub import push_formats
+from qwen_quant.hub.card import card_problems, make_card
+from qwen_quant.hub.card_state import CardRequest
 from qwen_quant.hub.export_rules import check_reencoded
 from qwen_quant.hub.export_table import HUB_FORMATS, repository_of
+from qwen_quant.hub.gguf_head import gguf_files
+from qwen_quant.hub.push_checks import upload_files
 from qwen_quant.hub.push_formats import export_place, is_unchanged, make_export, parse_targets
+from qwen_quant.hub.push_prepare import PushJob
 from qwen_quant.hub.reencoded import read_reencoded
 from qwen_quant.progress import no_progress
 from qwen_quant.recipe import RunConfig
@@ -36,6 +41,10 @@ REPO, GGUF, AWQ = "loop/tiny-Int4", "loop/tiny-Int4-GGUF", "loop/tiny-Int4-AWQ"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact with its exports to AWQ and GGUF beside it. Read only."""
     folder = make_pushable(tmp_path_factory.mktemp("formats") / "tiny-Int4")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"] |= {"vocab": {**tokenizer["model"]["vocab"], "he": 259}, "merges": [["h", "e"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))  # llama.cpp loads none without merges
+    seal_again(folder)
     for name in ("awq", "gguf"):
         make_export(folder, name, export_place(folder, name), no_progress)
     return folder
@@ -138,17 +147,22 @@ def test_numbers_that_are_not_exact_need_a_reason(push: Pusher, artifact: Path, 
 
 
 def test_a_dry_run_changes_nothing_and_says_what_would_be_exported(
-    push: Pusher, artifact: Path, tmp_path: Path
+    push: Pusher, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.rmtree(export_place(artifact, "awq"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with serve_hub(tmp_path / "hub", mode="lfs") as hub:
-        document, _ = push(hub, "--dry-run", "--format", "gguf", "--format", "awq", HF_TOKEN="")
-        rows = document["repositories"]
-        assert [row["note"] for row in rows] == ["", "", "would be exported first"]
-        assert [row.get("outcome") for row in rows] == ["dry run", "dry run", None]
-        assert not any(hub.exists(repo) for repo in (REPO, GGUF, AWQ))
-    assert {path: path.read_bytes() for path in before} == before and not export_place(artifact, "awq").exists()
+        document, _ = push(hub, "--dry-run", "--format", "gguf", HF_TOKEN="")
+        assert [row["outcome"] for row in document["repositories"]] == ["dry run", "dry run"]
+        assert not any(hub.exists(repo) for repo in (REPO, GGUF))
+    shutil.rmtree(export_place(artifact, "awq"))
+    asked: list[str] = []
+    monkeypatch.setattr(push_formats, "send", lambda checked, progress: None)
+    monkeypatch.setattr(push_formats, "survey", lambda job, files, name: asked.append(job.repo_id))
+    job = PushJob(artifact, REPO, dry_run=True)
+    rows = push_formats.push_formats(job, parse_targets(["gguf", "awq"], REPO, 4), no_progress)
+    assert [row.note for row in rows] == ["", "", "would be exported first"] and asked == [AWQ]
+    assert not export_place(artifact, "awq").exists()
+    assert all(path.read_bytes() == data for path, data in before.items() if "-awq" not in path.parent.name)
 
 
 def test_what_one_repository_refuses_stops_all_before_anything_is_sent(
@@ -261,6 +275,21 @@ def test_rules_of_folders_with_a_graph(artifact: Path, tmp_path: Path) -> None:
     files = {"model.onnx": "x", "model.onnx.data": "x", "genai_config.json": config, "tokenizer.json": "{}"}
     assert rules_of(artifact, tmp_path / "onnx", "onnx", files) == {"licence"}
     assert "onnx-config" in rules_of(artifact, tmp_path / "onnx2", "onnx", {**files, "genai_config.json": "{}"})
+
+
+def test_a_split_gguf(artifact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "split"
+    job = ExportJob(artifact, folder, "gguf", source_id="tiny-Int4", split_bytes=200_000)
+    export_artifact(job, no_progress)
+    names = gguf_files(path.name for path in folder.iterdir())
+    shutil.copyfile(artifact / "report.json", folder / "report.json")
+    made = read_reencoded(folder)
+    make_card(folder, CardRequest("en", GGUF))
+    assert len(names) > 1 and f"--hf-file {names[0]}" in (folder / "README.md").read_text()
+    assert [row.rule for row in check_reencoded(folder, made) if row.severity == "error"] == []
+    upload_files(folder, HUB_FORMATS["gguf"].own)
+    (folder / names[-1]).unlink()
+    assert f"is one of {len(names)} files" in str(check_reencoded(folder, made))
 
 
 def rules_of(artifact: Path, folder: Path, name: str, files: dict[str, str]) -> set[str]:

@@ -31,7 +31,7 @@ from qwen_quant.checkpoint.halves import SubBlock
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, PlannedWriter, plan_shards
 from qwen_quant.export import checks
 from qwen_quant.export.behind import Behind, write_part, write_tensor
-from qwen_quant.export.folder import REST_DTYPES, Steps, write_kept, items, kept_dtype, write_items
+from qwen_quant.export.folder import REST_DTYPES, Steps, items, kept_dtype, write_items, write_kept
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
 from qwen_quant.export.hybrid import adds_one, full_attention_interval, is_hybrid, is_vision, one_plus
 from qwen_quant.progress import ProgressFn

@@ -11,7 +11,7 @@ from qwen_quant.errors import InputError
 from qwen_quant.evaluation.report import JSON_FILE, read_report
 from qwen_quant.hub.card_facts import Told, baseline_label, check_report, has_chat_template
 from qwen_quant.hub.card_source import SourceCard, licence_file
-from qwen_quant.hub.gguf_head import read_head
+from qwen_quant.hub.gguf_head import gguf_files, read_head
 from qwen_quant.hub.reencoded import Reencoded, read_reencoded
 from qwen_quant.results import ValidationResult
 
@@ -83,12 +83,10 @@ def gather_export_facts(folder: Path, told: Told) -> ExportFacts:
 def _text_facts(folder: Path, made: Reencoded, config: dict[str, Any]) -> tuple[bool, bool, str]:
     """(has a chat template, has a tokenizer, model type); a GGUF file holds all three in its head."""
     if made.format == "gguf":
-        path = folder / "model.gguf"
-        if not path.is_file():
-            raise InputError(
-                f"{folder} has no model.gguf", "its manifest says that it is a GGUF export", "export again"
-            )
-        values = read_head(path).values
+        files = [name for name in gguf_files(made.files) if (folder / name).is_file()]
+        if not files:
+            raise InputError(f"{folder} has no GGUF file", "its manifest says that it is a GGUF export", "export again")
+        values = read_head(folder / files[0]).values
         tokenizer = values.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
         return "tokenizer.chat_template" in values, tokenizer, str(values.get("general.architecture", ""))
     tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "qwen.tiktoken"))

@@ -16,7 +16,7 @@ from qwen_quant.checkpoint.manifest import SEALABLE_PATTERNS
 from qwen_quant.errors import InputError
 from qwen_quant.hub.consumers import Consumer, Finding, Severity, check_consumers, read_object
 from qwen_quant.hub.export_table import HUB_FORMATS, SAFETENSORS
-from qwen_quant.hub.gguf_head import read_head
+from qwen_quant.hub.gguf_head import gguf_files, read_head
 from qwen_quant.hub.reencoded import CONVERT, Reencoded
 
 GPTQ_FORMATS = ("gptq", "gptq_v2")
@@ -85,18 +85,25 @@ def _safetensors(folder: Path, made: Reencoded) -> Iterator[Row]:
 
 
 def _gguf(folder: Path) -> Iterator[Row]:
-    """The head names an architecture and a tokenizer, and every tensor begins inside the file."""
-    path = folder / "model.gguf"
-    head = read_head(path)
+    """The head names an architecture and a tokenizer, and every tensor begins inside its file; no part is missing."""
+    paths = [folder / name for name in gguf_files(path.name for path in folder.iterdir())]
+    if not paths:
+        yield "export-files", "error", "there is no GGUF file"
+        return
+    heads = [read_head(path) for path in paths]
+    for path, part in zip(paths, heads, strict=True):
+        largest = max(part.tensors.values(), default=0)
+        if not part.tensors or part.data + largest >= path.stat().st_size:
+            yield "gguf-head", "error", f"{path.name} ends before its last tensor begins"
+    head, count = heads[0], heads[0].values.get("split.count", 1)
+    if count != len(paths):
+        yield "gguf-head", "error", f"{paths[0].name} is one of {count} files, and {len(paths)} are there"
     if not head.values.get("general.architecture"):
-        yield "gguf-head", "error", "model.gguf names no general.architecture"
-    largest = max(head.tensors.values(), default=0)
-    if not head.tensors or head.data + largest >= path.stat().st_size:
-        yield "gguf-head", "error", "model.gguf ends before its last tensor begins"
+        yield "gguf-head", "error", f"{paths[0].name} names no general.architecture"
     if head.values.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
-        yield "gguf-tokenizer", "warning", "model.gguf holds no tokenizer: it takes token ids only"
+        yield "gguf-tokenizer", "warning", f"{paths[0].name} holds no tokenizer: it takes token ids only"
     elif "tokenizer.chat_template" not in head.values:
-        yield "chat-endpoint", "warning", "model.gguf holds no chat template: chats use the runtime's default one"
+        yield "chat-endpoint", "warning", f"{paths[0].name} holds no chat template: chats use the runtime's default one"
 
 
 def _onnx(folder: Path) -> Iterator[Row]:

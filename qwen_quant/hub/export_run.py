@@ -11,8 +11,8 @@ from qwen_quant.hub.card_markdown import fence, plain
 from qwen_quant.hub.card_run import SERVED_BITS, chat_line, program, prompt, quoted
 from qwen_quant.hub.card_words import say
 from qwen_quant.hub.export_facts import ExportFacts
+from qwen_quant.hub.gguf_head import gguf_files
 
-GGUF_FILE = "model.gguf"
 # Architectures that transformers reads from a GGUF file, as far as that was run (docs/interop.md).
 TRANSFORMERS_GGUF = ("qwen2", "qwen3")
 
@@ -43,18 +43,21 @@ def _question(language: str) -> str:
 
 
 def _gguf(facts: ExportFacts, language: str) -> list[str]:
-    at = ["--hf-repo", facts.repo_id, "--hf-file", GGUF_FILE] if facts.repo_id else ["-m", _path(facts, GGUF_FILE)]
-    parts = ["### llama.cpp", *([say(language, "use_llama")] if facts.repo_id else [])]
+    files = gguf_files(facts.made.files)
+    at = ["--hf-repo", facts.repo_id, "--hf-file", files[0]] if facts.repo_id else ["-m", _path(facts, files[0])]
+    parts = ["### llama.cpp", *([say(language, "use_llama", file=files[0])] if facts.repo_id else [])]
     parts.append(_shell(["llama-cli", *at, "-p", _question(language)], ["llama-server", *at]))
     if not facts.has_tokenizer:
         return [*parts, say(language, "no_vocabulary")]
+    if len(files) > 1:
+        return parts  # the others fetch or read one file
     parts += [
         "### llama-cpp-python",
         say(language, "use_llama_python"),
-        fence("python", _llama_python(facts, language)),
+        fence("python", _llama_python(facts, files[0], language)),
     ]
     if facts.model_type in TRANSFORMERS_GGUF:
-        text = program(facts.target, language, chat=facts.has_chat_template, options=[f'gguf_file="{GGUF_FILE}"'])
+        text = program(facts.target, language, chat=facts.has_chat_template, options=[f'gguf_file="{files[0]}"'])
         title = say(language, "use_transformers")
         parts += [f"### {title}", say(language, "use_gguf_transformers"), fence("python", text)]
     return parts
@@ -64,11 +67,11 @@ def _path(facts: ExportFacts, name: str) -> str:
     return f"{plain(facts.target)}/{name}"
 
 
-def _llama_python(facts: ExportFacts, language: str) -> str:
+def _llama_python(facts: ExportFacts, file: str, language: str) -> str:
     if facts.repo_id:
-        load = f'Llama.from_pretrained(repo_id={quoted(facts.repo_id)}, filename="{GGUF_FILE}", n_ctx=4096)'
+        load = f'Llama.from_pretrained(repo_id={quoted(facts.repo_id)}, filename="{file}", n_ctx=4096)'
     else:
-        load = f"Llama(model_path={quoted(_path(facts, GGUF_FILE))}, n_ctx=4096)"
+        load = f"Llama(model_path={quoted(_path(facts, file))}, n_ctx=4096)"
     lines = ["from llama_cpp import Llama", "", f"model = {load}"]
     if facts.has_chat_template:
         lines += [

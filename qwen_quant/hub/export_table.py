@@ -49,7 +49,7 @@ HUB_FORMATS = {
     "f16": HubFormat("FP16", "-FP16", "transformers", ()),
     "f32": HubFormat("FP32", "-FP32", "transformers", ()),
     "mlx": HubFormat("MLX", "-MLX-{bits}bit", "mlx", ("mlx",)),
-    "gguf": HubFormat("GGUF", "-GGUF", "gguf", ("gguf", "llama.cpp"), weights=("model.gguf",)),
+    "gguf": HubFormat("GGUF", "-GGUF", "gguf", ("gguf", "llama.cpp"), weights=("model.gguf", "model-*-of-*.gguf")),
     "openvino": HubFormat(
         "OpenVINO",
         "-int{bits}-ov",

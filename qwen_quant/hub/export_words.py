@@ -31,8 +31,8 @@ EXPORT_TEXTS: dict[str, tuple[str, str]] = {
     ),
     # Use
     "use_llama": (
-        "llama.cpp fetches the file by itself; in a folder that is there already use `-m model.gguf`.",
-        "llama.cpp 会自动下载该文件；若已在本地，请改用 `-m model.gguf`。",
+        "llama.cpp fetches the file by itself; in a folder that is there already use `-m {file}`.",
+        "llama.cpp 会自动下载该文件；若已在本地，请改用 `-m {file}`。",
     ),
     "use_llama_python": (
         "`pip install llama-cpp-python huggingface_hub`",

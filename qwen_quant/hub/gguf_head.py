@@ -9,6 +9,7 @@ data      from the next multiple of general.alignment (32)
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +30,11 @@ class Head:
     values: dict[str, Any]
     tensors: dict[str, int]
     data: int
+
+
+def gguf_files(names: Iterable[str]) -> list[str]:
+    """The GGUF files among `names`, the one that readers are given first (a split export has several)."""
+    return sorted(name for name in names if name.endswith(".gguf"))
 
 
 def read_head(path: Path) -> Head:
