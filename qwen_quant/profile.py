@@ -30,7 +30,7 @@ from qwen_quant.profiling.results import (
     Ratio,
     Speed,
 )
-from qwen_quant.profiling.roofline import roofline
+from qwen_quant.profiling.roofline import MeanCache, roofline
 from qwen_quant.profiling.timing import Timing, latency_curve, percentile, spread, total_seconds
 from qwen_quant.progress import ProgressFn, no_progress
 
@@ -106,10 +106,11 @@ def measurement(model: str, cell: Cell, answer: dict[str, Any], bandwidth: float
     speed = _speed(cell, timings, [run["joules"] for run in runs], answer["energy_source"])
     first = runs[0]
     token_bytes = first["cache_bytes"] / max(1, first["cache_capacity"])
-    mean_tokens = cell.context_tokens + (cell.new_tokens - 1) / 2
-    line = roofline(
-        cell, answer["step_weights_bytes"], token_bytes * mean_tokens, bandwidth, speed.inter_token_p50_seconds
-    )
+    steps = [timing.tokens - 1 for timing in timings]
+    seen = cell.context_tokens + sum(count**2 / 2 for count in steps) / max(1, sum(steps))
+    whole = cell.context_tokens + (cell.new_tokens - 1) / 2
+    cache = MeanCache(token_bytes * whole, token_bytes * seen)
+    line = roofline(cell, answer["step_weights_bytes"], cache, bandwidth, speed.inter_token_p50_seconds)
     tokens = min(timing.tokens for timing in timings)
     missing = max(0.0, token_bytes * (cell.context_tokens + cell.new_tokens - 1) - first["cache_bytes"])
     memory = _memory(answer, round(missing))

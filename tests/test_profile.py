@@ -19,15 +19,24 @@ from transformers import StaticCache
 from qwen_quant import cli, profile
 from qwen_quant.checkpoint.identity import weights_sha256
 from qwen_quant.errors import InputError, UsageError
+from qwen_quant.models.skeleton import compute_dtype
 from qwen_quant.profile import Subject, measurement, profile_models
 from qwen_quant.profiling import child, memory, parent, png
 from qwen_quant.profiling.energy import energy_meter, joules_between
 from qwen_quant.profiling.page import render_page, write_outputs
 from qwen_quant.profiling.protocol import Cell, ProfileConfig, parse_numbers, planned_cells
 from qwen_quant.profiling.published import matching, published_figures
-from qwen_quant.profiling.results import FAILED, MEASURED, OOM, ProfileResult, read_profile, write_profile
-from qwen_quant.profiling.roofline import roofline
-from qwen_quant.profiling.tables import tables
+from qwen_quant.profiling.results import (
+    DEQUANTIZED,
+    FAILED,
+    MEASURED,
+    OOM,
+    ProfileResult,
+    read_profile,
+    write_profile,
+)
+from qwen_quant.profiling.roofline import MeanCache, roofline
+from qwen_quant.profiling.tables import _head, tables
 from qwen_quant.profiling.timing import Timing, clear_slope, latency_curve, percentile, time_generation, total_seconds
 from qwen_quant.runtime.loading import load_model
 from tests.support.artifacts import make_artifact
@@ -242,10 +251,22 @@ def test_rapl_counters_are_read_and_summed(tmp_path: Path) -> None:
     assert "root" in energy_meter(cpu, tmp_path).source
 
 
+def test_a_cut_run_is_compared_with_the_lengths_it_saw() -> None:
+    m = measurement("m", Cell(8, 105, 4), cut_answer(105), bandwidth=1e4)
+    assert m.roofline is not None and m.roofline.bytes_per_step == 900 + 100 * (8 + 52)
+    assert m.roofline.share == pytest.approx((900 + 100 * (8 + 2)) / 1e4 / 0.75)
+
+
+def test_packed_weights_that_ran_dense_say_so_in_their_rows() -> None:
+    m = measurement("m", Cell(8, 5, 4), answer(kernel=f"dense bfloat16 (x {DEQUANTIZED}: no y)"), bandwidth=1e4)
+    assert m.dequantized and _head(m)[0] == "m (dequantized)"
+    assert _head(measurement("m", Cell(8, 5, 4), answer(), bandwidth=1e4))[0] == "m"
+
+
 def test_roofline_by_hand() -> None:
-    line = roofline(Cell(1, 10, 2), weights_bytes=300, cache_bytes=100, bandwidth=4000.0, step_seconds=0.2)
+    line = roofline(Cell(1, 10, 2), weights_bytes=300, cache=MeanCache(100, 100), bandwidth=4000.0, step_seconds=0.2)
     assert line is not None and line.tokens_per_second == 20 and line.share == pytest.approx(0.5)
-    assert roofline(Cell(1, 1), 300, 100, 4000.0, None) is None
+    assert roofline(Cell(1, 1), 300, MeanCache(100, 100), 4000.0, None) is None
 
 
 # Published figures.
@@ -331,9 +352,11 @@ def test_packed_folders_say_what_multiplied_them(folder: Path, tmp_path: Path) -
     out = tmp_path / "int4"
     make_artifact(folder, out)
     model, kernel = child.load_for_profile(out, torch.device("cpu"), torch.float32)
-    assert kernel.startswith("14 x ") and kernel.startswith(model.kernel_report.summary() + "; activations float32; ")
+    assert kernel.startswith("14 x ") and kernel.startswith(model.kernel_report.summary() + "; activations float32")
+    assert "activations float32, and with them the bf16 cache; " in kernel
     dense, kernel = child.load_for_profile(folder, torch.device("cpu"), torch.bfloat16)
-    assert kernel == "dense bfloat16"
+    slow = "" if compute_dtype(torch.device("cpu")) == torch.bfloat16 else "; this processor has no BF16 products"
+    assert kernel.startswith("dense bfloat16" + slow)
     assert memory.weights_nbytes(model) < 0.7 * memory.weights_nbytes(dense)
 
 

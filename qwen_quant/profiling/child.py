@@ -7,6 +7,8 @@ ProfileConfig. The answer is an object with "status": "measured" and the figures
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -18,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, StaticCache
 
 from qwen_quant.environment import memory_bytes
 from qwen_quant.errors import QwenQuantError
-from qwen_quant.kv_cache import cache_capacity, cache_nbytes, make_cache
+from qwen_quant.kv_cache import PLAIN, cache_capacity, cache_nbytes, make_cache
+from qwen_quant.models.skeleton import compute_dtype
 from qwen_quant.process import tune_process
 from qwen_quant.profiling.energy import energy_meter, joules_between
 from qwen_quant.profiling.memory import (
@@ -35,7 +38,7 @@ from qwen_quant.profiling.memory import (
     weights_nbytes,
 )
 from qwen_quant.profiling.protocol import Cell
-from qwen_quant.profiling.results import FAILED, MEASURED, OOM
+from qwen_quant.profiling.results import DEQUANTIZED, FAILED, MEASURED, OOM
 from qwen_quant.profiling.roofline import read_bandwidth, synchronize
 from qwen_quant.profiling.timing import Timing, time_generation
 from qwen_quant.results import to_json
@@ -118,7 +121,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def load_for_profile(folder: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[PreTrainedModel, str]:
-    """The model as it would be served, and what multiplies its weights: packed for GPTQ, dense for everything else.
+    """The model as it would be served, and what multiplies its weights: packed for GPTQ, bitsandbytes' modules where
+    it is installed, dense for everything else.
 
     Without a dtype packed models compute in what the hardware multiplies (FP32 on a CPU without BF16), dense in BF16.
     """
@@ -131,12 +135,28 @@ def load_for_profile(folder: Path, device: torch.device, dtype: torch.dtype | No
             if step
             else f"steps of one row with the caches {' and '.join(CACHES)}: native"
         )
-        return model, f"{model.kernel_report.summary()}; activations {_name(model.config.dtype)}; {steps}"
+        kept = _name(model.config.dtype)
+        cache = "" if model.config.dtype == torch.bfloat16 else f", and with them the {PLAIN} cache"
+        return model, f"{model.kernel_report.summary()}; activations {kept}{cache}; {steps}"
     dtype = dtype or torch.bfloat16
+    if source.is_quantized and importlib.util.find_spec("bitsandbytes") is not None:
+        return _load_with_bitsandbytes(folder, device, dtype), f"{source.kind} modules; activations {_name(dtype)}"
     said = f"dense {_name(dtype)}"
     if source.is_quantized:
-        said += f" ({source.kind} dequantized at load: no packed kernel here)"
+        said += f" ({source.kind} {DEQUANTIZED}: bitsandbytes is not installed)"
+    if dtype == torch.bfloat16 and compute_dtype(device) != dtype:
+        said += "; this processor has no BF16 products, see --dtype fp32"
     return load_model(folder, device, dtype), said
+
+
+def _load_with_bitsandbytes(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as a user of transformers gets it: bitsandbytes' own modules multiply."""
+    for module in ("models.qwen1", "runtime.hf_bnb"):  # what `import qwen_quant` registers, but not in our own command
+        importlib.import_module(f"qwen_quant.{module}")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, device_map={"": str(device)}, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
+    return model.requires_grad_(False).eval()
 
 
 def measure(folder: Path, cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from qwen_quant.environment import peak_rss_bytes
 from qwen_quant.runtime.linear import Int4Linear
+from qwen_quant.runtime.quantized_model import bnb_scales
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -97,6 +98,7 @@ def out_of_memory_reason(error: BaseException) -> str | None:
 def weights_nbytes(model: nn.Module) -> int:
     """Bytes of all parameters, buffers and packed weights, shared storage once."""
     tensors = [*model.parameters(), *model.buffers()]
+    tensors += [part for parameter in model.parameters() for part in bnb_scales(parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     packed = sum(module.kernel.nbytes for module in model.modules() if isinstance(module, Int4Linear))
     return sum(storages.values()) + packed

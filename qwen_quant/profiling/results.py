@@ -18,6 +18,7 @@ from qwen_quant.results import to_json
 
 SCHEMA = "qwen-quant/profile/2"
 MEASURED, OOM, FAILED = "measured", "oom", "failed"
+DEQUANTIZED = "dequantized at load"  # in `kernel`: packed weights that ran, and were counted, as dense ones
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class Roofline:
         bytes_per_step: what one decoding step reads at least: every weight that decoding multiplies with, as it lies in
             memory, once for all rows, and the cache at the mean length of the generation.
         tokens_per_second: batch_size x bandwidth / bytes_per_step.
-        share: of it that was reached, from the median time between tokens. Caches of the processor can push a small
-            model above 1.
+        share: of the allowed speed that was reached, from the median time between tokens; where a generation was cut,
+            of the speed allowed at the lengths that were seen. Caches of the processor can push a small model above 1.
     """
 
     bytes_per_step: int
@@ -125,6 +126,11 @@ class Measurement:
     def extrapolated(self) -> bool:
         """Whether time ran out before the last token."""
         return self.status == MEASURED and self.measured_tokens < self.cell.new_tokens
+
+    @property
+    def dequantized(self) -> bool:
+        """Whether packed weights ran as dense ones."""
+        return DEQUANTIZED in self.kernel
 
 
 @dataclass(frozen=True)

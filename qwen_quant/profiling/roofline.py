@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,14 @@ from qwen_quant.profiling.results import Roofline
 
 BUFFER_BYTES = 512 << 20  # far beyond any processor's cache
 _REPEATS = 7
+
+
+@dataclass(frozen=True)
+class MeanCache:
+    """Bytes that a cache holds on average: over the whole generation, and over the steps that were timed."""
+
+    whole_bytes: float
+    seen_bytes: float
 
 
 def read_bandwidth(device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> float:
@@ -43,11 +52,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def roofline(
-    cell: Cell, weights_bytes: int, cache_bytes: float, bandwidth: float, step_seconds: float | None
+    cell: Cell, weights_bytes: int, cache: MeanCache, bandwidth: float, step_seconds: float | None
 ) -> Roofline | None:
-    """The roofline of a cell whose cache holds `cache_bytes` on average; None where nothing is decoded."""
+    """The roofline of a cell; None where nothing is decoded."""
     if step_seconds is None or step_seconds <= 0 or bandwidth <= 0:
         return None
-    step_bytes = weights_bytes + cache_bytes
+    step_bytes = weights_bytes + cache.whole_bytes
     best = cell.batch_size * bandwidth / step_bytes
-    return Roofline(round(step_bytes), bandwidth, best, cell.batch_size / step_seconds / best)
+    share = (weights_bytes + cache.seen_bytes) / bandwidth / step_seconds
+    return Roofline(round(step_bytes), bandwidth, best, share)

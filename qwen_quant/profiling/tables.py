@@ -42,7 +42,12 @@ def tokens_per_second(m: Measurement) -> str:
 
 
 def _head(m: Measurement) -> tuple[str, str, str]:
-    return m.model, m.cell.label, m.cell.kv_cache
+    return _named(m), m.cell.label, m.cell.kv_cache
+
+
+def _named(m: Measurement) -> str:
+    """The model, and that its weights ran dequantized where they did."""
+    return f"{m.model} (dequantized)" if m.dequantized else m.model
 
 
 def _range(values: Spread) -> str:
@@ -113,9 +118,10 @@ def _memory(result: ProfileResult) -> TextTable:
 
 
 def _ratios(result: ProfileResult) -> TextTable:
+    names = {m.model: _named(m) for m in result.measurements if m.status == MEASURED}
     rows = tuple(
         (
-            r.model,
+            names.get(r.model, r.model),
             r.cell.label,
             r.cell.kv_cache,
             NOTHING if r.tokens_per_second is None else f"{r.tokens_per_second:.2f} x",

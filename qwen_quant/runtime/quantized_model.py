@@ -126,8 +126,16 @@ def bytes_per_token(model: PreTrainedModel) -> int:
             lookup_only = isinstance(module, nn.Embedding) and parameter is not head
             if id(parameter) not in seen and not lookup_only:
                 seen.add(id(parameter))
-                total += parameter.nbytes * share
+                total += (parameter.nbytes + sum(part.nbytes for part in bnb_scales(parameter))) * share
     return round(total)
+
+
+def bnb_scales(parameter: nn.Parameter) -> tuple[Tensor, ...]:
+    """What bitsandbytes keeps beside the codes of a parameter and no module lists: absmax, or Int8's row scales."""
+    state = getattr(parameter, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    held = (getattr(state, "absmax", None), getattr(nested, "absmax", None), getattr(parameter, "SCB", None))
+    return tuple(part for part in held if isinstance(part, Tensor))
 
 
 def _routed_share(model: PreTrainedModel) -> float:
