@@ -7,6 +7,8 @@ Nothing is quantized again.  The rooms:
 - `formats.py`: `Format`, what a format must provide, and the table `FORMATS`;
 - one file a format (`gptq.py`, `awq.py`, `compressed_tensors.py`, `dense.py`, ...), both directions where both exist;
 - `folder.py`: what the formats that are safetensors folders share;
+- `decoder.py`: what the graph formats share; `hybrid.py`: how other runtimes store linear attention;
+- `behind.py`: writing in a thread of its own, so that the next tensor is made meanwhile;
 - `verify.py`: reads the written files back and compares every value with the source;
 - `export.py`: `export_artifact`, one run from start to end.
 
