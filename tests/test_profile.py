@@ -8,7 +8,7 @@ import signal
 import struct
 import xml.dom.minidom
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +261,13 @@ def test_packed_weights_that_ran_dense_say_so_in_their_rows() -> None:
     m = measurement("m", Cell(8, 5, 4), answer(kernel=f"dense bfloat16 (x {DEQUANTIZED}: no y)"), bandwidth=1e4)
     assert m.dequantized and _head(m)[0] == "m (dequantized)"
     assert _head(measurement("m", Cell(8, 5, 4), answer(), bandwidth=1e4))[0] == "m"
+
+
+def test_the_bandwidth_is_measured_without_the_models_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "limit_memory", lambda limit: pytest.fail(f"limited to {limit}"))
+    monkeypatch.setattr(child, "read_bandwidth", lambda device: 7.0)
+    settings = {**asdict(ProfileConfig(memory_limit_bytes=1000)), "threads": None}
+    assert child.answer({"task": "bandwidth", "settings": settings})["bytes_per_second"] == 7.0
 
 
 def test_roofline_by_hand() -> None:

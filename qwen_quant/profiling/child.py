@@ -264,14 +264,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if settings["threads"]:
             torch.set_num_threads(settings["threads"])
+        if request["task"] == "bandwidth":  # of the machine, whatever a model may take of its memory
+            return bandwidth(settings)
         if settings["device"] != "cuda" and not torch.cuda.is_available():
             limit_memory(settings["memory_limit_bytes"] or memory_bytes()[1] or sys.maxsize)
         elif settings["memory_limit_bytes"]:
             device = pick_device(settings["device"])
             share = settings["memory_limit_bytes"] / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-        if request["task"] == "bandwidth":
-            return bandwidth(settings)
         return measure(Path(request["folder"]), Cell(**request["cell"]), settings)
     except QwenQuantError as error:
         return {"status": ERROR, "what": error.what, "why": error.why, "next_step": error.next_step}

@@ -112,7 +112,7 @@ def _memory(result: ProfileResult) -> TextTable:
                 NOTHING if memory.device_peak_bytes is None else sign + format_bytes(memory.device_peak_bytes),
             )
         )
-    if result.device == "cpu":
+    if all(m.memory is None or m.memory.device_peak_bytes is None for m in result.measurements):
         return TextTable("Peak memory, one process each", columns[:-1], tuple(row[:-1] for row in rows))
     return TextTable("Peak memory, one process each", columns, tuple(rows))
 
