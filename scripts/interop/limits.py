@@ -62,6 +62,12 @@ LIMITS = (
         " transformers + gptqmodel reads the same folder",
     ),
     Limit(
+        r"vLLM \(CPU\)",
+        "tiny-qwen3_5.*",
+        ".*",
+        "its code for this family imports torchvision, of which no build fitted torch 2.13.0+cpu here",
+    ),
+    Limit(
         "transformers gguf",
         "tiny-qwen(2_moe|3_moe|3)",
         "gguf",
