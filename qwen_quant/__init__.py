@@ -2,10 +2,11 @@
 
 Importing the package registers first-generation Qwen (model_type "qwen") with transformers, so that AutoConfig,
 AutoTokenizer, AutoModelForCausalLM and generate work on its folders; where gptqmodel is not installed, it also lets
-AutoModelForCausalLM load GPTQ folders with this package's Int4 kernels (`runtime/hf_quantizer.py`), and where
-bitsandbytes is, folders whose routed experts are packed for it (`runtime/hf_bnb.py`). That loads torch and
-transformers: 5.5 CPU seconds where the import of AutoModelForCausalLM alone takes 4.9 (measured on 2 cores). The
-command line leaves it to the commands that need a model: `qwen-quant --help` takes 0.2.
+AutoModelForCausalLM load GPTQ folders with this package's Int4 kernels (`runtime/hf_quantizer.py`; where it is, folders
+that it would read wrongly are refused), and where bitsandbytes is, folders whose routed experts are packed for it
+(`runtime/hf_bnb.py`). That loads torch and transformers: 5.5 CPU seconds where the import of AutoModelForCausalLM alone
+takes 4.9 (measured on 2 cores). The command line leaves it to the commands that need a model: `qwen-quant --help`
+takes 0.2.
 """
 
 import importlib

@@ -72,9 +72,11 @@ TEXTS: dict[str, tuple[str, str]] = {
         "`pip install accelerate`, install qwen-quant and keep the line `import qwen_quant`: it gives "
         "transformers what this architecture "
         "needs to "
-        "read packed weights.",
+        "read packed weights. Do this where gptqmodel is not installed: with it, transformers leaves packed experts "
+        "unread, and `import qwen_quant` refuses them.",
         "请执行 `pip install accelerate`，安装 qwen-quant 并保留 `import qwen_quant` 这一行：它为 transformers "
-        "补上读取该架构打包权重所需的部分。",
+        "补上读取该架构打包权重所需的部分。请在未安装 gptqmodel 的环境中使用：安装了它时，transformers 不会读取"
+        "打包的专家权重，`import qwen_quant` 会拒绝加载。",
     ),
     "use_qwen1": (
         "`pip install accelerate`, install qwen-quant and keep the line `import qwen_quant`: it registers "

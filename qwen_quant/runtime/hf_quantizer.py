@@ -2,8 +2,9 @@
 
 transformers 5 finds the loader of a quantized folder in two tables by quant_method; for "gptq" both lead to optimum and
 gptqmodel, without which loading fails. `register()` puts our loader into these two places, only when gptqmodel is
-absent (with it, its own kernels serve), and touches nothing else. `register_quantizer`, transformers' public door,
-refuses names that are taken, so the tables are assigned.
+absent, and touches nothing else. With gptqmodel its own kernels serve, but that way transformers leaves packed routed
+experts as they were initialized, without a word (5.23 with gptqmodel 7.7, docs/interop.md): such folders are refused.
+`register_quantizer`, transformers' public door, refuses names that are taken, so the tables are assigned.
 
 The packed linears are built from the folder before transformers loads the rest: one linear at a time, straight into
 their kernel's layout, in their own dtypes. transformers then finds nothing to do for the packed tensors, which are
@@ -27,6 +28,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.errors import InputError, UsageError
@@ -181,9 +183,26 @@ def _replace(model: nn.Module, place: str, name: str, linears: GptqLinears, sett
     return f"^{re.escape(place)}[.]bias$" if odd_bias else ""
 
 
+class GuardedGptqHfQuantizer(GptqHfQuantizer):
+    """transformers' own loader through gptqmodel. Raises InputError for packed routed experts: they would be random."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files") or []
+        names = CheckpointReader(Path(files[0]).parent).names if files else ()
+        if any(".experts." in name and name.endswith(".qweight") for name in names):
+            raise InputError(
+                f"{Path(files[0]).parent}: transformers with gptqmodel would leave its packed experts random",
+                "it fuses experts and drops the packed ones",
+                "load it with GPTQModel.load, or where gptqmodel is not installed: qwen_quant then serves it",
+            )
+        super()._process_model_before_weight_loading(model, **kwargs)
+
+
 def register() -> bool:
     """Serve quant_method "gptq" where gptqmodel is absent; whether it did."""
     if importlib.util.find_spec("gptqmodel") is not None:
+        if AUTO_QUANTIZER_MAPPING.get(METHOD) is GptqHfQuantizer:
+            AUTO_QUANTIZER_MAPPING[METHOD] = GuardedGptqHfQuantizer
         return False
     AUTO_QUANTIZER_MAPPING[METHOD] = Int4HfQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = PackedGPTQConfig

@@ -152,9 +152,24 @@ def test_gptqmodel_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "gptq", GptqHfQuantizer)
     monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "gptq", GPTQConfig)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert not hf_quantizer.register() and AUTO_QUANTIZER_MAPPING["gptq"] is GptqHfQuantizer
+    assert not hf_quantizer.register() and issubclass(AUTO_QUANTIZER_MAPPING["gptq"], GptqHfQuantizer)
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is GPTQConfig
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert hf_quantizer.register() and AUTO_QUANTIZER_MAPPING["gptq"] is Int4HfQuantizer
+
+
+def test_with_gptqmodel_packed_experts_are_refused_and_not_left_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run with gptqmodel itself too (docs/consumers.md); here only the guard, which needs neither it nor optimum."""
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "gptq", GptqHfQuantizer)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    hf_quantizer.register()
+    make_artifact(make_family_checkpoint(tmp_path / "model", "qwen3_moe"), tmp_path / "q")
+    loader = AUTO_QUANTIZER_MAPPING["gptq"]
+    files = [str(tmp_path / "q" / "model.safetensors")]
+    with pytest.raises(InputError, match="experts random"):
+        loader.__new__(loader)._process_model_before_weight_loading(torch.nn.Module(), checkpoint_files=files)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe"])
