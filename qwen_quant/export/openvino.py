@@ -10,14 +10,14 @@ plugin keeps the codes packed and multiplies from them.  Act-order: the columns 
 through a Gather with the same order.
 
 Codes are collected in a temporary file that is mapped while openvino writes the .bin, so that memory holds one linear
-at a time and not the model; so twice the disk space is needed for a moment.
+at a time and not the model; so twice the disk space is needed for a moment. Collecting continues after a kill.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_quant.checkpoint.reader import raw_bytes
 from qwen_quant.environment import free_disk_bytes
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.export import checks
+from qwen_quant.export.behind import Behind, write_at
 from qwen_quant.export.decoder import kept_parts, notes_of, packed_zeros, read_decoder, refusals, write_companions
-from qwen_quant.export.folder import REST_DTYPES, items, kept_dtype
+from qwen_quant.export.folder import COMMIT_BYTES, REST_DTYPES, items, kept_dtype
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
 from qwen_quant.export.openvino_graph import Linear, Weights, build_model, opset
 from qwen_quant.export.pivot import PackedRows, pack_codes, unpack_codes
@@ -43,10 +43,12 @@ if TYPE_CHECKING:
     from qwen_quant.export.source import ExportSource
 
 MODEL_FILE = "openvino_model.xml"
+SPOOL_FILE = ".constants"
 BITS = (4, 8)
 _XML_BYTES_PER_LAYER = 115_000
 _ALIGNMENT = 64
 _TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_TYPE_BITS = {"u4": 4, "u8": 8, "f16": 16, "bf16": 16, "f32": 32, "i64": 64}
 
 
 def _openvino() -> Any:
@@ -98,26 +100,36 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
 
 
 class _Spool:
-    """Bytes of constants in a temporary file, and constants that are mapped from it."""
+    """Bytes of constants in a file (open as `handle`) beside the model, and constants that are mapped from it.
 
-    def __init__(self, folder: Path) -> None:
-        self.file = tempfile.TemporaryFile(dir=folder)  # without a name: a killed run leaves nothing
+    Places follow from shapes alone, so what an earlier, killed run has collected is passed over by giving no `parts`.
+    """
+
+    def __init__(self, path: Path, handle: int, behind: Behind) -> None:
+        self.path, self.handle, self.behind, self.end = path, handle, behind, 0
         self.places: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
         self.mapped: Any = None  # openvino's constants point into it without keeping it alive
 
-    def add(self, name: str, kind: str, shape: tuple[int, ...], data: Iterable[Tensor]) -> None:
-        """Append the constant `name` of openvino type `kind`, its bytes in parts."""
-        self.file.write(bytes(-self.file.tell() % _ALIGNMENT))
-        start = self.file.tell()
-        for part in data:
-            self.file.write(raw_bytes(part))
-        self.places[name] = (start, self.file.tell() - start, kind, shape)
+    def add(self, name: str, kind: str, shape: tuple[int, ...], parts: Iterable[Tensor] | None) -> None:
+        """Append the constant `name` of openvino type `kind`, its bytes in parts (None: they are there)."""
+        start = self.end = -(-self.end // _ALIGNMENT) * _ALIGNMENT
+        size = -(-math.prod(shape) * _TYPE_BITS[kind] // 8)
+        for part in parts or ():
+            self.end += write_at(self.handle, self.behind, self.end, part.contiguous())
+        if parts is not None and self.end != start + size:
+            raise AuditError(f"'{name}' has {self.end - start} bytes", f"planned {size}")
+        self.end = start + size
+        self.places[name] = (start, size, kind, shape)
+
+    def sync(self) -> None:
+        """Everything that was added is on the disk."""
+        self.behind.drain()
+        os.fdatasync(self.handle)
 
     def constants(self) -> dict[str, Any]:
-        """name -> Constant; call it once everything is added."""
+        """name -> Constant; call it once everything is on the disk."""
         openvino, found = _openvino(), {}
-        self.file.flush()
-        self.mapped = mapped = np.memmap(self.file, dtype=np.uint8, mode="c")
+        self.mapped = mapped = np.memmap(self.path, dtype=np.uint8, mode="c")
         for name, (start, count, kind, shape) in self.places.items():
             tensor = openvino.Tensor(
                 mapped[start : start + count].view(_VIEWS.get(kind, np.uint8)),
@@ -127,10 +139,6 @@ class _Spool:
             found[name] = openvino.op.Constant(tensor, shared_memory=True)
             found[name].set_friendly_name(name)
         return found
-
-    def close(self) -> None:
-        """Give the file's space back."""
-        self.file.close()
 
 
 _VIEWS = {"f32": np.float32, "f16": np.float16, "i64": np.int64, "bf16": np.float16}
@@ -145,23 +153,30 @@ def sorted_columns(packed: PackedRows) -> tuple[Tensor, Tensor | None]:
     return pack_codes(unpack_codes(packed.stream, bits)[:, order].contiguous(), bits), order
 
 
-def _spool_linear(source: ExportSource, name: str, spool: _Spool) -> None:
-    packed, facts = source.packed(name), source.facts
-    (out, width), groups = packed.shape, packed.grid.scales.shape[1]
-    stream, order = sorted_columns(packed)
+def _spool_linear(source: ExportSource, name: str, spool: _Spool, *, known: bool) -> None:
+    facts, (out, width), groups = source.facts, source.shape(name), source.groups(name)
+    found = None if known else _tensors(source, name)
     kind = f"u{facts.bits}"
-    spool.add(f"{name}.codes", kind, (out, groups, width // groups), [stream])
-    spool.add(f"{name}.scales", _TYPES[packed.grid.scales.dtype], (out, groups, 1), [packed.grid.scales.contiguous()])
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {"codes": (kind, (out, groups, width // groups))}
+    shapes["scales"] = (_TYPES[facts.scale_dtype], (out, groups, 1))
     if not facts.sym:
-        flat = packed.grid.zeros.reshape(1, -1)
-        spool.add(f"{name}.zeros", kind, (out, groups, 1), [packed_zeros(flat, facts.bits)])
-    if order is not None:
-        spool.add(f"{name}.order", "i64", (width,), [order])
+        shapes["zeros"] = (kind, (out, groups, 1))
+    if name in facts.act_order:
+        shapes["order"] = ("i64", (width,))
+    for part, (kind, shape) in shapes.items():
+        spool.add(f"{name}.{part}", kind, shape, None if found is None else [found[part]])
 
 
-def _spool_kept(source: ExportSource, name: str, dtype: torch.dtype, spool: _Spool) -> None:
-    info = source.reader.info(name)
-    spool.add(name, _TYPES[dtype], info.shape, kept_parts(source, name, dtype))
+def _tensors(source: ExportSource, name: str) -> dict[str, Tensor]:
+    packed = source.packed(name)
+    stream, order = sorted_columns(packed)
+    found = {"codes": stream, "scales": packed.grid.scales}
+    found["zeros"] = packed_zeros(packed.grid.zeros.reshape(1, -1), packed.bits)
+    return found if order is None else {**found, "order": order}
+
+
+def _spool_kept(source: ExportSource, name: str, dtype: torch.dtype, spool: _Spool, *, known: bool) -> None:
+    spool.add(name, _TYPES[dtype], source.reader.info(name).shape, None if known else kept_parts(source, name, dtype))
 
 
 def _weights(source: ExportSource, constants: dict[str, Any]) -> Weights:
@@ -190,7 +205,9 @@ def _as_f32(constant: Any) -> Any:
 
 def _check_space(source: ExportSource, options: ExportOptions, folder: Path) -> None:
     """The collected constants stand beside the .bin while it is written (InputError before the first byte)."""
-    need, free = 2 * _plan(source, options).weight_bytes, free_disk_bytes(folder)
+    path = folder / SPOOL_FILE
+    there = path.stat().st_size if path.is_file() else 0
+    need, free = max(0, 2 * _plan(source, options).weight_bytes - there), free_disk_bytes(folder)
     if need > free:
         raise InputError(
             f"the disk of {folder.parent} is full",
@@ -199,26 +216,41 @@ def _check_space(source: ExportSource, options: ExportOptions, folder: Path) -> 
         )
 
 
-def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
-    """Collect the constants, build the graph, save it; a killed run writes its files again."""
-    _check_space(source, options, target.folder)
-    linears, names = set(source.linears), items(source)
-    spool = _Spool(target.folder)
+def _collect(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> _Spool:
+    """Every constant into the spool; continues after the item that `target.state` counts last."""
+    linears, names, path = set(source.linears), items(source), target.folder / SPOOL_FILE
+    done, committed = int(target.state.get("items_done", 0)) if path.is_file() else 0, 0
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        for k, name in enumerate(names):
-            progress("writing", k, len(names))
-            if name in linears:
-                _spool_linear(source, name, spool)
-            else:
-                _spool_kept(source, name, kept_dtype(source, name, options), spool)
-        model = build_model(read_decoder(source), _weights(source, spool.constants()))
-        _openvino().save_model(model, str(target.folder / MODEL_FILE), compress_to_fp16=False)
-        del model
+        with Behind() as behind:
+            spool = _Spool(path, handle, behind)
+            for k, name in enumerate(names):
+                progress("writing", k, len(names))
+                if name in linears:
+                    _spool_linear(source, name, spool, known=k < done)
+                else:
+                    _spool_kept(source, name, kept_dtype(source, name, options), spool, known=k < done)
+                committed = spool.end if k < done else committed
+                if spool.end - committed >= COMMIT_BYTES:
+                    spool.sync()
+                    target.commit({"items_done": k + 1})
+                    committed = spool.end
     finally:
-        spool.close()
+        os.close(handle)
+    return spool
+
+
+def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
+    """Collect the constants, build the graph, save it; a killed run goes on collecting where it was."""
+    _check_space(source, options, target.folder)
+    spool = _collect(source, options, target, progress)
+    model = build_model(read_decoder(source), _weights(source, spool.constants()))
+    _openvino().save_model(model, str(target.folder / MODEL_FILE), compress_to_fp16=False)
+    del model
     for suffix in (".xml", ".bin"):
         with open((target.folder / MODEL_FILE).with_suffix(suffix), "rb") as file:
             os.fsync(file.fileno())
+    spool.path.unlink()
     write_companions(source, target.folder, options.rest)
     if _tokenizers_installed():
         _write_tokenizer(target.folder)

@@ -134,6 +134,28 @@ def test_a_disk_without_room_for_the_temporary_copy_is_an_error_in_advance(
 
 
 @needs_openvino
+def test_a_killed_export_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = artifact(tmp_path, "qwen2", sym=False, act_order=True)
+    monkeypatch.setattr(openvino, "COMMIT_BYTES", 1)
+    export_artifact(ExportJob(folder, tmp_path / "whole", "openvino"), no_progress)
+    real, read = openvino._tensors, []
+
+    def dies(source: ExportSource, name: str) -> dict[str, torch.Tensor]:
+        read.append(name)
+        if len(read) == 6:
+            raise KeyboardInterrupt
+        return real(source, name)
+
+    monkeypatch.setattr(openvino, "_tensors", dies)
+    with pytest.raises(KeyboardInterrupt):
+        export_artifact(ExportJob(folder, tmp_path / "out", "openvino"), no_progress)
+    export_artifact(ExportJob(folder, tmp_path / "out", "openvino"), no_progress)
+    assert len(read) == 15 and read[5] == read[6]  # 14 linears, the sixth twice
+    bins = [(tmp_path / name / "openvino_model.bin").read_bytes() for name in ("whole", "out")]
+    assert bins[0] == bins[1] and not (tmp_path / "out" / openvino.SPOOL_FILE).exists()
+
+
+@needs_openvino
 def test_a_changed_constant_is_found(tmp_path: Path) -> None:
     folder = artifact(tmp_path)
     export_artifact(ExportJob(folder, tmp_path / "out", "openvino"), no_progress)
