@@ -1,8 +1,11 @@
-"""What the graph formats (OpenVINO, ONNX) share: facts of a plain dense decoder, which models they refuse, packing."""
+"""What the graph formats (OpenVINO, ONNX) share: facts of a decoder, which models they refuse, packing.
+
+What a block may hold beside attention and one MLP (linear attention, routed experts) is described in `graph_parts.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +27,7 @@ from qwen_quant.resume import write_json_atomically
 if TYPE_CHECKING:
     from qwen_quant.export.source import ExportSource
 
-FAMILIES = ("qwen", "qwen2", "qwen3")
+DENSE_FAMILIES = ("qwen", "qwen2", "qwen3")
 # What a block has -> its name in the block. The first generation keeps q, k and v in one linear.
 ROLES = {
     "attention_norm": "input_layernorm",
@@ -58,10 +61,12 @@ class Decoder:
     Attributes:
         blocks, embedding, final_norm, head: names of the modules, e.g. "model.layers", without ".weight".
         roles: what a block has -> its name in the block (ROLES or FIRST_ROLES).
-        model_type: whose function the graph computes, as runtimes know it: "qwen2" or "qwen3".
+        model_type: whose function the graph computes: that of config.json (of its text part), for the first generation
+            "qwen2".
         layers, hidden, heads, kv_heads, head_dim: counts and widths.
         eps: of RMSNorm.
-        inv_freq: FP32 [head_dim / 2], radians per position; rope_scale: factor of cosine and sine.
+        inv_freq: FP32 [rotated / 2], radians per position of the first `rotated` values of a head; rope_scale: factor
+            of cosine and sine.
         tied: the head is the embedding.
         vocabulary, context: rows of the embedding, longest text in tokens.
     """
@@ -90,14 +95,15 @@ class Decoder:
 
 
 def read_decoder(source: ExportSource) -> Decoder:
-    """The decoder of a source of one of FAMILIES; rotation tables are transformers' own."""
+    """The decoder of a source that `refusals` lets pass; rotation tables are transformers' own."""
     spec, model = source.spec, meta_model(source.spec)
-    family, first, config = spec.family, spec.family.model_type == "qwen", spec.config
+    family, first = spec.family, spec.family.model_type == "qwen"
     if first:
-        config = qwen2_config(model.config, spec.config, torch.float32)
+        config: dict[str, Any] = qwen2_config(model.config, spec.config, torch.float32)
         inv_freq, scale = inverse_frequencies(model.config.rotary_dim, model.config.rotary_emb_base, 1.0), 1.0
     else:
         inner: Any = model.get_decoder()
+        config = inner.config.to_dict()
         rotary = type(inner.rotary_emb)(config=inner.config)
         inv_freq, scale = rotary.inv_freq, float(rotary.attention_scaling)
     heads = int(config["num_attention_heads"])
@@ -144,12 +150,12 @@ def notes_of(source: ExportSource) -> list[str]:
     return [f"exact up to {config.seq_length} tokens; past them the graph lacks {' and '.join(lost)}"] if lost else []
 
 
-def refusals(source: ExportSource, runtime: str) -> list[Inexact]:
-    """Why the graph of this model is not one of those written here (empty when it is)."""
-    config = source.spec.config
-    family, near = str(config.get("model_type", "")), "--format gptq, awq or compressed-tensors"
-    if family not in FAMILIES:
-        return [Inexact(f"family {family}", f"{runtime} graphs are written for {', '.join(FAMILIES)}", near)]
+def refusals(source: ExportSource, runtime: str, families: Sequence[str]) -> list[Inexact]:
+    """Why the graph of this model is not one of those that are written for `runtime` (empty when it is)."""
+    config, family = source.spec.text_config, source.spec.family.model_type
+    near = "--format gptq, awq or compressed-tensors"
+    if family not in families:
+        return [Inexact(f"family {family}", f"{runtime} graphs are written for {', '.join(families)}", near)]
     if family == "qwen":
         return _first_refusals(source, near)
     found = []

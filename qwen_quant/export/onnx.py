@@ -1,23 +1,16 @@
-"""ONNX (model.onnx and model.onnx.data): the whole decoder with MatMulNBits nodes that hold the codes as they are.
+"""ONNX (model.onnx and model.onnx.data): the whole decoder, with the codes of its linears as they are.
 
-Inputs of the MatMulNBits of a linear [out, in] with G groups of n consecutive columns at `bits` bits:
-
-    B            uint8 [out, G, n * bits / 8]      exactly `PackedRows.stream`
-    scales       FP32  [out, G]
-    zero_points  uint8 [out, ceil(G * bits / 8)]   packed along the groups; left out for symmetric codes, whose zero is
-                                                   the operator's own default, 2^(bits-1)
-
-accuracy_level 1 asks for FP32 activations; higher levels round them to 8 bits.  Everything else is stored as in the
-source and converted to FP32 in the graph.  The data file is written tensor by tensor; the graph names offsets in it.
+onnx_data.py says how weights are stored, onnx_decoder.py how the graph computes with them. MatMulNBits nodes ask with
+accuracy_level 1 for FP32 activations; higher levels round them to 8 bits. What is not quantized is stored as in the
+source and converted to FP32 in the graph.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,20 +21,22 @@ from torch import Tensor
 
 from qwen_quant.errors import AuditError
 from qwen_quant.export import checks
-from qwen_quant.export.behind import Behind, write_at
 from qwen_quant.export.decoder import (
+    DENSE_FAMILIES,
     Decoder,
-    kept_parts,
     notes_of,
-    packed_zeros,
     read_decoder,
     refusals,
     unpacked_zeros,
     write_companions,
 )
-from qwen_quant.export.folder import COMMIT_BYTES, REST_DTYPES, Specs, items, kept_dtype
+from qwen_quant.export.folder import REST_DTYPES, kept_dtype
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target
-from qwen_quant.export.onnx_graph import DOMAIN, Graph, build_model, build_nodes, onnx
+from qwen_quant.export.graph_parts import Parts, left_out, read_parts
+from qwen_quant.export.onnx_data import EXPERT, positions, write_data, zero_bytes
+from qwen_quant.export.onnx_decoder import build_model, build_nodes
+from qwen_quant.export.onnx_experts import DOWN, GATE_UP, qmoe_attributes, stack_name, takes_qmoe
+from qwen_quant.export.onnx_graph import Graph, onnx
 from qwen_quant.export.pivot import LinearGrid, PackedRows, consecutive_groups
 from qwen_quant.progress import ProgressFn
 from qwen_quant.resume import write_json_atomically
@@ -49,13 +44,14 @@ from qwen_quant.resume import write_json_atomically
 if TYPE_CHECKING:
     from qwen_quant.export.source import ExportSource
 
-MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+MODEL_FILE = "model.onnx"
 BITS = (4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256)
-ROTATION_POSITIONS = 131072  # rows of the tables of cosine and sine, at most the model's context
-_ALIGNMENT = 64
+FAMILIES = (*DENSE_FAMILIES, "qwen2_moe", "qwen3_moe")
+# model_type of the function -> what onnxruntime-genai 0.18 calls a decoder with these inputs; itself where not named.
+RUNTIME_TYPES = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
 _GRAPH_BYTES_PER_LAYER = 12_000
-_KINDS = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.uint8: "UINT8"}
+_PRODUCTS = ("MatMulNBits", "QMoE")
 
 
 def _check(source: ExportSource) -> list[Inexact]:
@@ -64,167 +60,68 @@ def _check(source: ExportSource) -> list[Inexact]:
         *checks.group_size(source, GROUP_SIZES),
         *checks.act_order(source, "ONNX Runtime has given up g_idx"),
         *checks.ragged(source, "groups are blocks of one size"),
-        *refusals(source, "ONNX"),
+        *_narrow(source),
+        *_plain_experts(source),
+        *refusals(source, "ONNX", FAMILIES),
     ]
 
 
-def _zero_bytes(groups: int, bits: int) -> int:
-    return -(-groups * bits // 8)
+def _narrow(source: ExportSource) -> list[Inexact]:
+    """Linears of a single group that is shorter than those of the others."""
+    size = source.facts.group_size
+    narrow = [name for name in source.linears if source.shape(name)[1] < size]
+    what, why = f"in_features smaller than group_size {size}", "groups are blocks of one size"
+    return [Inexact(what, why, "--format gptq_v2", linears=len(narrow))] if narrow else []
 
 
-def _positions(decoder: Decoder) -> int:
-    return min(decoder.context, ROTATION_POSITIONS)
+def _plain_experts(source: ExportSource) -> list[Inexact]:
+    """Routed experts that are not quantized: their stacks hold codes only."""
+    plain = [name for name in source.unquantized_linears if EXPERT.fullmatch(name)]
+    why = "all experts of a block stand in one tensor of codes"
+    near = "--format gptq or compressed-tensors"
+    return [Inexact("experts that are not quantized", why, near, linears=len(plain))] if plain else []
 
 
 def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
     """Sizes within a few percent: of the graph itself only a guess is known."""
-    facts, decoder = source.facts, read_decoder(source)
-    total = _GRAPH_BYTES_PER_LAYER * decoder.layers + 4 * decoder.head_dim * _positions(decoder)
+    facts, decoder, passed = source.facts, read_decoder(source), left_out(source)
+    total = _GRAPH_BYTES_PER_LAYER * decoder.layers + 4 * decoder.head_dim * positions(decoder)
     for name in source.linears:
         (out, width), groups = source.shape(name), source.groups(name)
-        zeros = 0 if facts.sym else out * _zero_bytes(groups, facts.bits)
+        zeros = 0 if facts.sym else out * zero_bytes(groups, facts.bits)
         total += out * width * facts.bits // 8 + 4 * out * groups + zeros
-    for name in source.kept:
+    for name in (name for name in source.kept if name not in passed):
         info = source.reader.info(name)
         total += info.nbytes // info.dtype.itemsize * kept_dtype(source, name, options).itemsize
     notes = ["sequences of one batch are padded on the right: GroupQueryAttention takes their lengths from the mask"]
     notes += notes_of(source)
-    if _positions(decoder) < decoder.context:
-        notes.append(f"the tables of rotation, and so the context, end at {_positions(decoder)} tokens")
-    return ExportPlan(total, 2, source.dropped, tuple(notes))
-
-
-@dataclass
-class _Data:
-    """The data file while it is written, and the TensorProtos that name places in it.
-
-    Places follow from shapes alone, so what an earlier run has written is passed over by giving no `parts`.
-    """
-
-    handle: int
-    behind: Behind
-    end: int = 0
-    protos: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Iterable[Tensor] | None) -> None:
-        """Append one tensor, its bytes in parts (None: they are there)."""
-        library = onnx()
-        start = self.end = -(-self.end // _ALIGNMENT) * _ALIGNMENT
-        size = math.prod(shape) * dtype.itemsize
-        for part in parts or ():
-            self.end += write_at(self.handle, self.behind, self.end, part.contiguous())
-        if parts is not None and self.end != start + size:
-            raise AuditError(f"'{name}' has {self.end - start} bytes", f"planned {size}")
-        self.end = start + size
-        kind = getattr(library.TensorProto, _KINDS[dtype])
-        proto = library.TensorProto(name=name, data_type=kind, dims=shape)
-        proto.data_location = library.TensorProto.EXTERNAL
-        for key, value in {"location": DATA_FILE, "offset": start, "length": size}.items():
-            proto.external_data.add(key=key, value=str(value))
-        self.protos[name] = proto
-
-
-def _add_linear(source: ExportSource, name: str, data: _Data, *, known: bool) -> None:
-    facts, groups, (out, width) = source.facts, source.groups(name), source.shape(name)
-    tensors = None if known else _tensors(source, name)
-    shapes: Specs = {"codes": (torch.uint8, (out, groups, width // groups * facts.bits // 8))}
-    shapes["scales"] = (torch.float32, (out, groups))
-    if not facts.sym:
-        shapes["zeros"] = (torch.uint8, (out, _zero_bytes(groups, facts.bits)))
-    for part, (dtype, shape) in shapes.items():
-        data.add(f"{name}.{part}", dtype, shape, None if tensors is None else [tensors[part]])
-
-
-def _tensors(source: ExportSource, name: str) -> dict[str, Tensor]:
-    packed = source.packed(name)
-    zeros = packed_zeros(packed.grid.zeros, packed.bits)
-    return {"codes": packed.stream, "scales": packed.grid.scales.float(), "zeros": zeros}
-
-
-def _add_kept(source: ExportSource, name: str, dtype: torch.dtype, data: _Data, *, known: bool) -> None:
-    data.add(name, dtype, source.reader.info(name).shape, None if known else kept_parts(source, name, dtype))
-
-
-def _add_rotation(decoder: Decoder, data: _Data) -> None:
-    angles = torch.arange(_positions(decoder), dtype=torch.float32)[:, None] * decoder.inv_freq[None]
-    for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
-        data.add(f"rotation.{name}", torch.float32, tuple(table.shape), [table * decoder.rope_scale])
-
-
-def _graph(source: ExportSource, decoder: Decoder) -> Graph:
-    """The decoder's nodes over the initializers of the data file."""
-    facts, linears, kept, library = source.facts, set(source.linears), set(source.kept), onnx()
-
-    def plain(graph: Graph, name: str) -> str:
-        value = f"{name}.f32"
-        if value not in made:
-            graph.add("Cast", [name], value, to=library.TensorProto.FLOAT)
-            made.add(value)
-        return value
-
-    def linear(graph: Graph, x: str, name: str) -> str:
-        if name not in linears:
-            turned = graph.add("Transpose", [plain(graph, f"{name}.weight")], f"{name}.turned", perm=[1, 0])
-            return graph.add("MatMul", [x, turned], name)
-        inputs = [x, f"{name}.codes", f"{name}.scales", *([] if facts.sym else [f"{name}.zeros"])]
-        (out, width), size = source.shape(name), facts.group_size
-        shape = {"K": width, "N": out, "bits": facts.bits, "block_size": size, "accuracy_level": 1}
-        return graph.add("MatMulNBits", inputs, name, domain=DOMAIN, **shape)
-
-    made: set[str] = set()
-    graph = Graph(decoder, linear, plain, kept.__contains__)
-    build_nodes(graph)
-    return graph
-
-
-def _write_data(
-    source: ExportSource, options: ExportOptions, target: Target, decoder: Decoder, progress: ProgressFn
-) -> list[Any]:
-    """The data file; continues after the item that `target.state` counts last. Returns its TensorProtos."""
-    linears, names, path = set(source.linears), items(source), target.folder / DATA_FILE
-    done, committed = int(target.state.get("items_done", 0)) if path.is_file() else 0, 0
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        with Behind() as behind:
-            data = _Data(handle, behind)
-            for k, name in enumerate(names):
-                progress("writing", k, len(names))
-                if name in linears:
-                    _add_linear(source, name, data, known=k < done)
-                else:
-                    _add_kept(source, name, kept_dtype(source, name, options), data, known=k < done)
-                committed = data.end if k < done else committed
-                if data.end - committed >= COMMIT_BYTES:
-                    behind.drain()
-                    os.fdatasync(handle)
-                    target.commit({"items_done": k + 1})
-                    committed = data.end
-            _add_rotation(decoder, data)
-        os.ftruncate(handle, data.end)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    return list(data.protos.values())
+    if positions(decoder) < decoder.context:
+        notes.append(f"the tables of rotation, and so the context, end at {positions(decoder)} tokens")
+    return ExportPlan(total, 2, {**source.dropped, **passed}, tuple(notes))
 
 
 def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
     """Data first, then the graph that speaks of it, then configs."""
-    decoder = read_decoder(source)
-    tensors = _write_data(source, options, target, decoder, progress)
-    model = build_model(_graph(source, decoder), tensors)
+    decoder, parts = read_decoder(source), read_parts(source.spec)
+    tensors = write_data(source, options, target, decoder, progress)
+    shapes = {name: source.shape(name) for name in source.linears}
+    graph = Graph(decoder, parts, source.facts, shapes, frozenset(source.kept))
+    build_nodes(graph)
+    model = build_model(graph, tensors)
     with open(target.folder / MODEL_FILE, "wb") as file:
         file.write(model.SerializeToString())
         file.flush()
         os.fsync(file.fileno())
     write_companions(source, target.folder, options.rest)
-    write_json_atomically(target.folder / "genai_config.json", genai_config(source, decoder, target.folder))
+    write_json_atomically(target.folder / "genai_config.json", genai_config(source, decoder, parts, target.folder))
 
 
-def genai_config(source: ExportSource, decoder: Decoder, folder: Path) -> dict[str, Any]:
+def genai_config(source: ExportSource, decoder: Decoder, parts: Parts, folder: Path) -> dict[str, Any]:
     """genai_config.json; ids of special tokens come from generation_config.json, or else from config.json."""
     path = folder / "generation_config.json"
     generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    tokens = {**source.spec.config, **{key: value for key, value in generation.items() if value is not None}}
+    tokens = {**source.spec.config, **source.spec.text_config}
+    tokens |= {key: value for key, value in generation.items() if value is not None}
     end = tokens.get("eos_token_id")
     first = end[0] if isinstance(end, list) else end
     begin, pad = tokens.get("bos_token_id"), tokens.get("pad_token_id")
@@ -235,9 +132,9 @@ def genai_config(source: ExportSource, decoder: Decoder, folder: Path) -> dict[s
     }
     return {
         "model": {
-            "type": decoder.model_type,
+            "type": RUNTIME_TYPES.get(decoder.model_type, decoder.model_type),
             **{key: value for key, value in special.items() if value is not None},  # it refuses null, not absence
-            "context_length": _positions(decoder),
+            "context_length": positions(decoder),
             "vocab_size": decoder.vocabulary,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -262,7 +159,7 @@ def genai_config(source: ExportSource, decoder: Decoder, folder: Path) -> dict[s
         },
         "search": {
             "do_sample": bool(generation.get("do_sample", False)),
-            "max_length": _positions(decoder),
+            "max_length": positions(decoder),
             "past_present_share_buffer": False,
             **{key: generation[key] for key in ("temperature", "top_k", "top_p") if generation.get(key) is not None},
         },
@@ -277,39 +174,116 @@ def _torch_of(proto: Any, folder: Path) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
-def _packed(source: ExportSource, node: Any, tensors: dict[str, Any], folder: Path) -> PackedRows:
-    """What a MatMulNBits node says of its weight. Errors: AuditError for attributes that do not fit."""
+def _expert_part(proto: Any, index: int) -> Any:
+    """The TensorProto of one expert's part of a stack."""
+    part = onnx().TensorProto()
+    part.CopyFrom(proto)
+    del part.dims[:], part.external_data[:]
+    part.dims.extend(proto.dims[1:])
+    places = {entry.key: entry.value for entry in proto.external_data}
+    size = int(places["length"]) // proto.dims[0]
+    places |= {"offset": str(int(places["offset"]) + index * size), "length": str(size)}
+    for key, value in places.items():
+        part.external_data.add(key=key, value=value)
+    return part
+
+
+def _rows(source: ExportSource, protos: list[Any], folder: Path) -> PackedRows:
+    """The weight that the tensors codes, scales and perhaps zeros hold."""
     facts = source.facts
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
-    out, width = source.shape(node.name)
-    expected = {"K": width, "N": out, "bits": facts.bits, "block_size": facts.group_size, "accuracy_level": 1}
-    if attributes != expected:
-        raise AuditError(f"the node '{node.name}' has the attributes {attributes}", f"they should be {expected}")
-    codes, scales = (_torch_of(tensors[name], folder) for name in node.input[1:3])
+    codes, scales = (_torch_of(proto, folder) for proto in protos[:2])
     groups = scales.shape[1]
     zeros = torch.full(scales.shape, 2 ** (facts.bits - 1), dtype=torch.uint8)
-    if len(node.input) > 3:
-        zeros = unpacked_zeros(_torch_of(tensors[node.input[3]], folder), groups, facts.bits)
-    grid = LinearGrid(scales, zeros, consecutive_groups(width, groups))
+    if len(protos) > 2:
+        zeros = unpacked_zeros(_torch_of(protos[2], folder), groups, facts.bits)
+    grid = LinearGrid(scales, zeros, consecutive_groups(groups * facts.group_size, groups))
     return PackedRows(codes.flatten(1), facts.bits, grid)
 
 
+def _check_attributes(source: ExportSource, node: Any, shape: tuple[int, int]) -> None:
+    """AuditError where a MatMulNBits node is not that of a weight of `shape` (out, in)."""
+    facts, (out, width) = source.facts, shape
+    found = {attribute.name: attribute.i for attribute in node.attribute}
+    expected = {"K": width, "N": out, "bits": facts.bits, "block_size": facts.group_size, "accuracy_level": 1}
+    if found != expected:
+        raise AuditError(f"the node '{node.name}' has the attributes {found}", f"they should be {expected}")
+
+
+def _every_other(both: PackedRows, first: int) -> PackedRows:
+    """Rows first, first + 2, ...: gate (0) or up (1) of their stack."""
+    grid = LinearGrid(both.grid.scales[first::2], both.grid.zeros[first::2], both.grid.g_idx)
+    return PackedRows(both.stream[first::2].contiguous(), both.bits, grid)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A written graph: its MatMulNBits, QMoE and Loop nodes and its tensors by name."""
+
+    source: ExportSource
+    folder: Path
+    nodes: dict[str, Any]
+    tensors: dict[str, Any]
+
+    def node(self, name: str) -> Any:
+        """AuditError where there is no such node."""
+        if name not in self.nodes:
+            raise AuditError(f"the graph in {MODEL_FILE} has no node '{name}' with quantized weights")
+        return self.nodes[name]
+
+    def linear(self, name: str) -> PackedRows:
+        """What a MatMulNBits node says of its weight."""
+        node = self.node(name)
+        _check_attributes(self.source, node, self.source.shape(name))
+        return _rows(self.source, [self.tensors[part] for part in node.input[1:]], self.folder)
+
+    def experts(self, mlp: str) -> None:
+        """AuditError where the node or nodes of a block's experts do not compute them."""
+        parts, hidden = read_parts(self.source.spec), self.source.spec.hidden_size
+        experts = parts.experts
+        assert experts is not None
+        if not takes_qmoe(self.source.facts, experts, hidden):
+            for part, shape in ((GATE_UP, (2 * experts.width, hidden)), (DOWN, (hidden, experts.width))):
+                _check_attributes(self.source, self.node(f"{mlp}.experts.{part}"), shape)
+            return
+        node, value = self.node(f"{mlp}.experts"), onnx().helper.get_attribute_value
+        found = {attribute.name: value(attribute) for attribute in node.attribute}
+        found = {key: word.decode() if isinstance(word, bytes) else word for key, word in found.items()}
+        expected = qmoe_attributes(self.source.facts, experts)
+        if found != expected:
+            raise AuditError(f"the node '{node.name}' has the attributes {found}", f"they should be {expected}")
+
+    def expert(self, mlp: str, index: int, part: str) -> PackedRows:
+        """One expert's weight out of its stack."""
+        kinds = ("codes", "scales") if self.source.facts.sym else ("codes", "scales", "zeros")
+        stacks = [self.tensors[stack_name(mlp, part, kind)] for kind in kinds]
+        return _rows(self.source, [_expert_part(stack, index) for stack in stacks], self.folder)
+
+
 def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
-    library = onnx()
-    model = library.load(str(folder / MODEL_FILE), load_external_data=False)
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes = {node.name: node for node in model.graph.node if node.op_type == "MatMulNBits"}
+    model = onnx().load(str(folder / MODEL_FILE), load_external_data=False)
+    bodies = [node.attribute[0].g.node for node in model.graph.node if node.op_type == "Loop"]
+    nodes = {node.name: node for part in (model.graph.node, *bodies) for node in part if node.op_type in _PRODUCTS}
+    reading = _Reading(source, folder, nodes, {tensor.name: tensor for tensor in model.graph.initializer})
+    checked: set[str] = set()
     for name in source.linears:
-        if name not in nodes:
-            raise AuditError(f"the graph in {MODEL_FILE} has no MatMulNBits node '{name}'")
-        yield Piece(name, _packed(source, nodes[name], tensors, folder))
-    for name in source.kept:
-        yield Piece(name, _torch_of(tensors[name], folder))
+        found = EXPERT.fullmatch(name)
+        if found is None:
+            yield Piece(name, reading.linear(name))
+            continue
+        mlp, index, role = found["mlp"], int(found["index"]), found["role"]
+        if mlp not in checked:
+            reading.experts(mlp)
+            checked.add(mlp)
+        stacked = reading.expert(mlp, index, DOWN if role == "down" else GATE_UP)
+        yield Piece(name, stacked if role == "down" else _every_other(stacked, int(role == "up")))
+    passed = left_out(source)
+    for name in (name for name in source.kept if name not in passed):
+        yield Piece(name, _torch_of(reading.tensors[name], folder))
 
 
 ONNX = Format(
     name="onnx",
-    summary="ONNX with MatMulNBits, 4 or 8 bits: consecutive groups, symmetric or not; dense models",
+    summary="ONNX with MatMulNBits, 4 or 8 bits: consecutive groups, symmetric or not",
     runtimes=("onnxruntime-genai", "ONNX Runtime"),
     extra="onnx",
     check=_check,

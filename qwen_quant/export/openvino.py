@@ -31,7 +31,15 @@ from qwen_quant.environment import free_disk_bytes
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.export import checks
 from qwen_quant.export.behind import Behind, write_at
-from qwen_quant.export.decoder import kept_parts, notes_of, packed_zeros, read_decoder, refusals, write_companions
+from qwen_quant.export.decoder import (
+    DENSE_FAMILIES,
+    kept_parts,
+    notes_of,
+    packed_zeros,
+    read_decoder,
+    refusals,
+    write_companions,
+)
 from qwen_quant.export.folder import COMMIT_BYTES, REST_DTYPES, items, kept_dtype
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
 from qwen_quant.export.openvino_graph import Linear, Weights, build_model, opset
@@ -70,7 +78,7 @@ def _check(source: ExportSource) -> list[Inexact]:
         *checks.bits(source, BITS, "the IR's linears are u4 or u8"),
         *checks.ragged(source, "groups are one axis of the constant"),
         *uneven_groups(source),
-        *refusals(source, "OpenVINO"),
+        *refusals(source, "OpenVINO", DENSE_FAMILIES),
     ]
 
 

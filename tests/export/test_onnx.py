@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwen_quant.errors import AuditError, InputError
-from qwen_quant.export import onnx
+from qwen_quant.export import onnx, onnx_data
 from qwen_quant.export.decoder import kept_parts, notes_of, packed_zeros, read_decoder, unpacked_zeros, write_companions
 from qwen_quant.export.export import ExportJob, export_artifact
 from qwen_quant.export.formats import ExportOptions
@@ -42,8 +42,8 @@ def artifact(folder: Path, family: str = "qwen2", *, tied: bool = True, **how: A
 def test_what_the_graph_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert onnx.ONNX.check(ExportSource(artifact(tmp_path))) == []
     cases = {"act-order (desc_act)": ("qwen2", {"act_order": True}), "3 bit codes": ("qwen2", {"bits": 3})}
-    for k, (what, (family, how)) in enumerate({**cases, "family qwen3_moe": ("qwen3_moe", {})}.items()):
-        make = make_family_checkpoint if "moe" in family else make_checkpoint
+    for k, (what, (family, how)) in enumerate({**cases, "family qwen4_exp_text": ("qwen4_exp_text", {})}.items()):
+        make = make_family_checkpoint if "exp" in family else make_checkpoint
         make(tmp_path / f"m{k}", family)
         gptq_folder(tmp_path / f"m{k}", tmp_path / f"q{k}", **how)
         reasons = onnx.ONNX.check(ExportSource(tmp_path / f"q{k}"))
@@ -147,9 +147,9 @@ def test_the_graph_gives_the_logits_of_the_dequantized_model(
 @needs_onnx
 def test_a_killed_export_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = artifact(tmp_path, sym=False)
-    monkeypatch.setattr(onnx, "COMMIT_BYTES", 1)
+    monkeypatch.setattr(onnx_data, "COMMIT_BYTES", 1)
     export_artifact(ExportJob(folder, tmp_path / "whole", "onnx"), no_progress)
-    real, read = onnx._tensors, []
+    real, read = onnx_data._tensors, []
 
     def dies(source: ExportSource, name: str) -> dict[str, torch.Tensor]:
         read.append(name)
@@ -157,12 +157,12 @@ def test_a_killed_export_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         return real(source, name)
 
-    monkeypatch.setattr(onnx, "_tensors", dies)
+    monkeypatch.setattr(onnx_data, "_tensors", dies)
     with pytest.raises(KeyboardInterrupt):
         export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
     export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
     assert len(read) == 15 and read[5] == read[6]  # 14 linears, the sixth twice
-    for name in (onnx.MODEL_FILE, onnx.DATA_FILE):
+    for name in (onnx.MODEL_FILE, onnx_data.DATA_FILE):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -170,7 +170,7 @@ def test_a_killed_export_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_changed_byte_is_found(tmp_path: Path) -> None:
     folder = artifact(tmp_path)
     export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
-    source, path = ExportSource(folder), tmp_path / "out" / onnx.DATA_FILE
+    source, path = ExportSource(folder), tmp_path / "out" / onnx_data.DATA_FILE
     data = bytearray(path.read_bytes())
     place = bytes(data).find(source.packed("model.layers.1.mlp.up_proj").stream.numpy().tobytes())
     data[place + 7] ^= 0x10
