@@ -62,15 +62,15 @@ def encode(weight: QuantizedWeight, kind: BlockType) -> Tensor:
 def encode_q4_0(packed: PackedRows) -> Tensor:
     """`encode` as Q4_0 of symmetric 4-bit codes that are still packed: nibbles change places, no code changes."""
     (rows, width), blocks = packed.shape, packed.grid.g_idx.view(-1, BLOCK)[:, 0].long()
-    found = torch.empty(rows, width // BLOCK, 2 + BLOCK // 2, dtype=torch.uint8)
+    found = torch.empty(rows, width // BLOCK, 1 + BLOCK // 4, dtype=torch.int16)
     for part in row_slices(rows, width):
-        halves = packed.stream[part].view(-1, width // BLOCK, 2, BLOCK // 4)
-        first, second = halves[:, :, 0], halves[:, :, 1]  # weights 0-15 and 16-31 of each block, two a byte
-        nibbles = torch.stack([(first & 15) | second << 4, first >> 4 | (second & 240)], 3)
-        scales = packed.grid.scales[part][:, blocks].half().contiguous().view(torch.uint8)
-        found[part, :, :2] = scales.view(-1, width // BLOCK, 2)
-        found[part, :, 2:] = nibbles.flatten(2)
-    return found.view(rows, -1)
+        halves = packed.stream[part].view(torch.int64).view(-1, 2)  # weights 0-15 and 16-31 of each block
+        low, high = (halves[:, k].contiguous().view(torch.uint8).to(torch.int16) for k in (0, 1))
+        for lanes in (low, high):  # two nibbles in a byte -> one in each byte of 16 bits
+            lanes.bitwise_or_(lanes << 4).bitwise_and_(0x0F0F)
+        found[part, :, 1:] = low.bitwise_or_(high.bitwise_left_shift_(4)).view(-1, width // BLOCK, BLOCK // 4)
+        found[part, :, 0] = packed.grid.scales[part].half().view(torch.int16)[:, blocks]
+    return found.view(torch.uint8).view(rows, -1)
 
 
 def _encode_rows(codes: Tensor, scales: Tensor, zeros: Tensor, kind: BlockType) -> Tensor:
