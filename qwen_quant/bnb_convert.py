@@ -6,8 +6,9 @@ the weights once more beforehand: the mean of their scales is saved as decimal d
 A killed run continues at its first unfinished file and ends with the same bytes.  At most one weight, as stored and in
 FP32, is in memory.
 
-Hashing costs more than everything else of an Int8 run, so bytes are hashed once: the source's files while the run is
-prepared and the output's while it is read back, both in a thread of their own (hashlib lets go of Python's lock); what
+Hashing costs more than everything else of an Int8 run, so bytes are hashed once: the source's files while they are
+converted (a run that continues waits for them: they say whether it may) and the output's while it is read back, both in
+a thread of their own (hashlib lets go of Python's lock); what
 was made is compared with what was read by a checksum (`_checksum`), and kept tensors byte by byte. The error of a
 linear is measured on the tensors that were made, while its weight is at hand; the checksum says that OUT holds them.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_quant.background import in_background
 from qwen_quant.bnb import (
     NestedAbsmax,
     absmax_offset,
@@ -105,29 +106,6 @@ class BnbResult:
     warnings: tuple[str, ...]
 
 
-def _in_background(work: Callable[[], dict[str, str]]) -> Callable[[], dict[str, str]]:
-    """Start `work` in a thread that an exit does not wait for; what is returned waits for its result, or raises."""
-    found: list[dict[str, str]] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            found.append(work())
-        except BaseException as error:  # noqa: BLE001 (raised again by whoever waits)
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def wait() -> dict[str, str]:
-        thread.join()
-        if failed:
-            raise failed[0]
-        return found[0]
-
-    return wait
-
-
 def _largest(name: str, values: Tensor) -> float:
     """The largest magnitude (InputError naming the tensor when a value is NaN or Inf); 6 times as fast as isfinite."""
     if not values.numel():
@@ -163,7 +141,23 @@ def _weight(ready: Ready, name: str) -> Tensor:
     return weight
 
 
-def _offsets(ready: Ready, state: dict[str, Any], progress: ProgressFn) -> dict[str, float]:
+Commit = Callable[[dict[str, Any]], None]
+
+
+def _begin(ready: Ready, source: Callable[[], dict[str, str]]) -> tuple[dict[str, Any], Commit]:
+    """(progress of an earlier run, how to save progress); only what exists already has to wait for `source`."""
+
+    def commit(state: dict[str, Any]) -> None:
+        ready.work.open(_identity(ready, source()), resume=True)  # says what the run is, before any progress of it
+        ready.work.commit(state)
+
+    if ready.job.run.resume and ready.work.is_begun:
+        return ready.work.open(_identity(ready, source()), resume=True), commit
+    ready.work.create()
+    return {}, commit
+
+
+def _offsets(ready: Ready, state: dict[str, Any], commit: Commit, progress: ProgressFn) -> dict[str, float]:
     """Mean absmax by weight name; {} without double quantization. Found once and kept in the unfinished run."""
     if not ready.job.bnb.double_quant:
         return {}
@@ -173,7 +167,7 @@ def _offsets(ready: Ready, state: dict[str, Any], progress: ProgressFn) -> dict[
     for k, name in enumerate(ready.accounting.quantized):
         progress("measuring scales", k, len(ready.accounting.quantized))
         found[name] = absmax_offset(block_absmax(_weight(ready, name), ready.job.bnb.block_size))
-    ready.work.commit({"tensors_done": 0, "made": {}, "offsets": found})
+    commit({"tensors_done": 0, "made": {}, "offsets": found})
     return found
 
 
@@ -204,7 +198,7 @@ def _copy(ready: Ready, writer: PlannedWriter, name: str) -> None:
 
 
 def _write_all(
-    ready: Ready, shards: tuple[PlannedShard, ...], state: dict[str, Any], progress: ProgressFn
+    ready: Ready, shards: tuple[PlannedShard, ...], state: dict[str, Any], commit: Commit, progress: ProgressFn
 ) -> dict[str, _Made]:
     """Write what `state` does not say is done; returns what was made by weight name."""
     offsets: dict[str, float] = state["offsets"]
@@ -227,7 +221,7 @@ def _write_all(
             if k + 1 < len(parts) and file_of[parts[k + 1][0]] > file_of[parts[k][0]]:
                 writer.sync()
                 done_so_far = {name: dataclasses.asdict(one) for name, one in made.items()}
-                ready.work.commit({"tensors_done": k + 1, "made": done_so_far, "offsets": offsets})
+                commit({"tensors_done": k + 1, "made": done_so_far, "offsets": offsets})
         writer.finish()
     finally:
         writer.close()
@@ -344,22 +338,21 @@ def quantize_bnb(job: BnbJob, progress: ProgressFn) -> BnbResult:
     not read back as what was made. An interrupted run leaves its work folder; the same command continues it.
     """
     started = time.perf_counter()
-    source = _in_background(lambda: source_hashes(job.model))
+    source = in_background(lambda: source_hashes(job.model))
     ready = prepare(job)
     progress("hashing the source", 0, 1)
-    identity = _identity(ready, source())
-    state = ready.work.open(identity, resume=job.run.resume)
-    state = {**state, "offsets": _offsets(ready, state, progress)}
+    state, commit = _begin(ready, source)
+    state = {**state, "offsets": _offsets(ready, state, commit, progress)}
     shards = plan(ready, state["offsets"])
     check_disk(ready.work, sum(shard.nbytes for shard in shards))
-    made = _write_all(ready, shards, state, progress)
+    made = _write_all(ready, shards, state, commit, progress)
     files = [ready.work.artifact / shard.file_name for shard in shards]
-    written = _in_background(lambda: {path.name: file_sha256(path) for path in files})
+    written = in_background(lambda: {path.name: file_sha256(path) for path in files})
     copied, left = copy_companions(job.model, ready.work.artifact)
     _write_config(ready)
     linears = _audit(ready, shards, made, progress)
     result = _result(ready, shards, linears, (tuple(left), time.perf_counter() - started))
-    write_manifest(ready.work.artifact, _manifest(ready, identity, result, copied), written())
+    write_manifest(ready.work.artifact, _manifest(ready, _identity(ready, source()), result, copied), written())
     ready.work.publish(force=job.run.force)
     return result
 

@@ -77,6 +77,23 @@ class WorkFolder:
                 "; ".join(differences(earlier, run)),
                 "repeat the earlier command to finish it, or add --no-resume to start over",
             )
+        self._make_folders()
+        if earlier is None:
+            write_json_atomically(self.state / RUN_FILE, run)
+        return self._read(PROGRESS_FILE) or {"blocks_done": 0, "layers": [], "seconds": 0.0}
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run lies there that has said what it was asked for."""
+        return (self.state / RUN_FILE).exists()
+
+    def create(self) -> None:
+        """Make the folder empty, for a run that says with `open` what it is before it commits anything."""
+        if self.root.exists():
+            shutil.rmtree(self.root)
+        self._make_folders()
+
+    def _make_folders(self) -> None:
         try:
             self.artifact.mkdir(parents=True, exist_ok=True)
             self.state.mkdir(parents=True, exist_ok=True)
@@ -84,9 +101,6 @@ class WorkFolder:
             raise InputError(
                 f"cannot write to {self.out.parent}", error.strerror or str(error), "give another OUT"
             ) from error
-        if earlier is None:
-            write_json_atomically(self.state / RUN_FILE, run)
-        return self._read(PROGRESS_FILE) or {"blocks_done": 0, "layers": [], "seconds": 0.0}
 
     def holds_other(self, run: dict[str, Any]) -> bool:
         """Whether an unfinished run lies there that was asked for something else than `run`."""

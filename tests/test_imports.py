@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "qwen_quant"
 # One row a level; a module may import its own level and those above. A new module needs a place here.
 LEVELS = (
-    ("__init__", "errors", "units", "progress", "recipe", "results", "environment", "process"),
+    ("__init__", "errors", "units", "progress", "recipe", "results", "environment", "process", "background"),
     ("data", "checkpoint", "chat", "qwen1_tokenizer", "qwen1_fast", "qwen1_auto", "tokenizer", "calibration"),
     ("grid", "factor", "hessian", "gptq", "packing", "bnb"),
     ("kv_cache", "models", "runtime", "activations", "block_solver", "experts", "block", "memory", "resume"),
