@@ -249,10 +249,12 @@ def main() -> None:
     out.write_text(json.dumps({**document, "cases": cases}, indent=2) + "\n")
     for case, found in cases.items():
         whole = found["whole run"]
-        speeds = ", ".join(f"{name} {row['wall_seconds']:.2f} ({row['cpu_seconds']:.2f})" for name, row in found.items())
+        rows = ((name, row["wall_seconds"], row["cpu_seconds"]) for name, row in found.items())
+        speeds = ", ".join(f"{name} {wall:.2f} ({processor:.2f})" for name, wall, processor in rows)
         speeds += f", start {whole['start_wall_seconds']:.2f} ({whole['start_cpu_seconds']:.2f})"
         memory = f"{whole['peak_bytes'] / 2**20:.0f} MiB, {whole['imported_bytes'] / 2**20:.0f} of them after imports"
-        print(f"{case:11s} seconds of wall (processor) time: {speeds}; peak {memory}, bound {whole['bound_bytes'] / 2**20:.0f} MiB")
+        bound = f"{whole['bound_bytes'] / 2**20:.0f} MiB"
+        print(f"{case:11s} seconds of wall (processor) time: {speeds}; peak {memory}, bound {bound}")
 
 
 if __name__ == "__main__":
