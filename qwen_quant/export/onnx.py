@@ -47,9 +47,11 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.onnx"
 BITS = (4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256)
-FAMILIES = (*DENSE_FAMILIES, "qwen2_moe", "qwen3_moe")
+SPARSE_FAMILIES = ("qwen2_moe", "qwen3_moe")
+HYBRID_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_5_moe")
+FAMILIES = (*DENSE_FAMILIES, *SPARSE_FAMILIES, *HYBRID_FAMILIES)
 # model_type of the function -> what onnxruntime-genai 0.18 calls a decoder with these inputs; itself where not named.
-RUNTIME_TYPES = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
+RUNTIME_TYPES = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3", "qwen3_next": "qwen3_5_moe_text"}
 _GRAPH_BYTES_PER_LAYER = 12_000
 _PRODUCTS = ("MatMulNBits", "QMoE")
 
@@ -125,6 +127,7 @@ def genai_config(source: ExportSource, decoder: Decoder, parts: Parts, folder: P
     end = tokens.get("eos_token_id")
     first = end[0] if isinstance(end, list) else end
     begin, pad = tokens.get("bos_token_id"), tokens.get("pad_token_id")
+    kinds = ("conv", "recurrent") if parts.mixer is not None else ()
     special = {
         "bos_token_id": first if begin is None else begin,
         "eos_token_id": end,
@@ -149,11 +152,13 @@ def genai_config(source: ExportSource, decoder: Decoder, parts: Parts, folder: P
                     "attention_mask": "attention_mask",
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
+                    **{f"past_{kind}_names": f"past.%d.{kind}" for kind in kinds},
                 },
                 "outputs": {
                     "logits": "logits",
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
+                    **{f"present_{kind}_names": f"present.%d.{kind}" for kind in kinds},
                 },
             },
         },

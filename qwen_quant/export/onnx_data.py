@@ -27,6 +27,7 @@ from qwen_quant.export.decoder import Decoder, kept_parts, packed_zeros
 from qwen_quant.export.folder import COMMIT_BYTES, Specs, items, kept_dtype
 from qwen_quant.export.formats import ExportOptions, Target
 from qwen_quant.export.graph_parts import left_out
+from qwen_quant.export.onnx_decoder import rotation_width
 from qwen_quant.export.onnx_experts import DOWN, GATE_UP, stack_name
 from qwen_quant.export.onnx_graph import onnx
 from qwen_quant.progress import ProgressFn
@@ -148,8 +149,11 @@ def _add_kept(source: ExportSource, name: str, dtype: torch.dtype, data: _Data, 
 
 def _add_rotation(decoder: Decoder, data: _Data) -> None:
     angles = torch.arange(positions(decoder), dtype=torch.float32)[:, None] * decoder.inv_freq[None]
-    for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
-        data.add(f"rotation.{name}", torch.float32, tuple(table.shape), [table * decoder.rope_scale])
+    more = (0, rotation_width(decoder) - angles.shape[1])
+    cosine, sine = (table * decoder.rope_scale for table in (angles.cos(), angles.sin()))
+    for name, table, still in (("cos", cosine, 1.0), ("sin", sine, 0.0)):
+        whole = torch.nn.functional.pad(table, more, value=still)
+        data.add(f"rotation.{name}", torch.float32, tuple(whole.shape), [whole])
 
 
 def write_data(

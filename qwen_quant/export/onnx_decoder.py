@@ -8,7 +8,9 @@ Inputs (B sequences, L new tokens, S = past + L):
     past.N.conv, .recurrent     of the blocks with linear attention: see onnx_linear.py
 
 Outputs: logits FP32 [B, L, vocabulary], present.N.* like the past.  GroupQueryAttention rotates queries and keys
-itself, at the positions that follow from the lengths, by tables of cosine and sine [context, rotated / 2].
+itself, at the positions that follow from the lengths, by tables of cosine and sine [context, W], W a multiple of 8:
+value i of a head turns together with value W + i.  Where the model rotates 2r < 2W values, the tables go on with angles
+of 0, and the values of queries and keys are put in another order, the same for both, which changes no product.
 """
 
 from __future__ import annotations
@@ -16,11 +18,35 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from qwen_quant.export.decoder import Decoder
 from qwen_quant.export.onnx_experts import sparse_mlp
 from qwen_quant.export.onnx_graph import DOMAIN, Graph, onnx
 from qwen_quant.export.onnx_linear import linear_attention, tokens
 
 OPSET, DOMAIN_OPSET, IR_VERSION = 21, 1, 10
+
+
+def rotation_width(decoder: Decoder) -> int:
+    """W of the module's docstring."""
+    return -(-decoder.inv_freq.shape[0] // 8) * 8
+
+
+def _order(decoder: Decoder) -> list[int]:
+    """Which value of a head comes at each place, so that value i turns together with value W + i."""
+    half, width = decoder.inv_freq.shape[0], rotation_width(decoder)
+    order, rest = [-1] * decoder.head_dim, iter(range(2 * half, decoder.head_dim))
+    order[:half], order[width : width + half] = range(half), range(half, 2 * half)
+    return [next(rest) if value < 0 else value for value in order]
+
+
+def _rotatable(graph: Graph, value: str, name: str, count: int) -> str:
+    """Queries or keys [B, L, count * head_dim], their heads in `_order`."""
+    decoder, width = graph.decoder, graph.decoder.head_dim
+    if rotation_width(decoder) == decoder.inv_freq.shape[0]:
+        return value
+    heads = graph.heads(value, f"{name}.heads.apart", count, width)
+    ordered = graph.add("Gather", [heads, graph.ints(*_order(decoder))], f"{name}.ordered", axis=3)
+    return graph.heads(ordered, f"{name}.together", count * width)
 
 
 def _normed_heads(graph: Graph, value: str, index: int, part: str, count: int) -> str:
@@ -61,6 +87,8 @@ def _attention(graph: Graph, x: str, index: int) -> str:
     query, gate = _query_and_gate(graph, query, index) if graph.parts.gated else (query, "")
     query = _normed_heads(graph, query, index, "q", decoder.heads)
     key = _normed_heads(graph, key, index, "k", decoder.kv_heads)
+    query = _rotatable(graph, query, decoder.name(index, "q"), decoder.heads)
+    key = _rotatable(graph, key, decoder.name(index, "k"), decoder.kv_heads)
     past, present = f"past_key_values.{index}.", f"present.{index}."
     state = [f"{past}key", f"{past}value", "lengths", "total_length", "rotation.cos", "rotation.sin"]
     graph.many(

@@ -87,6 +87,9 @@ SPARSE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("qwen2_moe", {}, {"sym": False}),
     ("qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": []}, {"bits": 8, "sym": False}),
     ("qwen3_moe", {"norm_topk_prob": False, "moe_intermediate_size": 32}, {"sym": False}),
+    ("qwen3_5", {}, {"sym": False}),
+    ("qwen3_5_moe_text", {}, {}),
+    ("qwen3_next", {}, {"bits": 8}),
 ]
 
 
@@ -110,7 +113,7 @@ def test_logits_are_those_of_the_dequantized_model(
 
 
 @needs_runtime
-@pytest.mark.parametrize("family", ["qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_text"])
 def test_padding_on_the_right_changes_nothing(tmp_path: Path, family: str) -> None:
     folder = artifact(tmp_path, family)
     export_artifact(ExportJob(folder, tmp_path / "out", "onnx"), no_progress)
