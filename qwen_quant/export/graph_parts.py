@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 from qwen_quant.checkpoint.halves import SparseBlock, SubBlock
 from qwen_quant.export.hybrid import is_hybrid, is_vision
-from qwen_quant.models.skeleton import meta_model
 
 if TYPE_CHECKING:
     from qwen_quant.checkpoint.families import ModelSpec
@@ -99,8 +100,9 @@ def read_parts(spec: ModelSpec) -> Parts:
     if not spec.family.sparse and not is_hybrid(spec):
         plain = (False,) * spec.num_layers
         return Parts(plain, plain)
-    decoder: Any = meta_model(spec).get_decoder()
-    config, hybrid = decoder.config, is_hybrid(spec)
+    values = {key: value for key, value in spec.config.items() if key not in ("quantization_config", "auto_map")}
+    config: Any = CONFIG_MAPPING[spec.family.model_type].from_dict(values).get_text_config()
+    hybrid = is_hybrid(spec)
     sparse = tuple(isinstance(halves[1], SparseBlock) for halves in spec.blocks)
     mixers = [halves[0] for halves in spec.blocks]
     linear = tuple(isinstance(half, SubBlock) and half.module == "linear_attn" for half in mixers)

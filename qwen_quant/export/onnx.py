@@ -50,7 +50,7 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 SPARSE_FAMILIES = ("qwen2_moe", "qwen3_moe")
 HYBRID_FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_5_moe")
 FAMILIES = (*DENSE_FAMILIES, *SPARSE_FAMILIES, *HYBRID_FAMILIES)
-# model_type of the function -> what onnxruntime-genai 0.18 calls a decoder with these inputs; itself where not named.
+# model_type -> what onnxruntime-genai 0.18 calls a decoder with the same inputs and states; itself where not named.
 RUNTIME_TYPES = {"qwen2_moe": "qwen2", "qwen3_moe": "qwen3", "qwen3_next": "qwen3_5_moe_text"}
 _GRAPH_BYTES_PER_LAYER = 12_000
 _PRODUCTS = ("MatMulNBits", "QMoE")
@@ -64,8 +64,22 @@ def _check(source: ExportSource) -> list[Inexact]:
         *checks.ragged(source, "groups are blocks of one size"),
         *_narrow(source),
         *_plain_experts(source),
-        *refusals(source, "ONNX", FAMILIES),
+        *_model_refusals(source),
     ]
+
+
+def _model_refusals(source: ExportSource) -> list[Inexact]:
+    """Why the graph of this model is not one of those written here (empty when it is)."""
+    family, near = source.spec.family, "--format gptq, awq or compressed-tensors"
+    if family.hyper:
+        why = "onnxruntime-genai 0.18 carries no state for its indexer and its n-grams from token to token"
+        return [Inexact(f"family {family.model_type}", why, near)]
+    text = source.spec.text_config
+    head = int(text.get("head_dim") or source.spec.hidden_size // int(text.get("num_attention_heads") or 1))
+    if head % 16:
+        why = "GroupQueryAttention rotates a multiple of 16 values of a head"
+        return [Inexact(f"head_dim {head}", why, near)]
+    return refusals(source, "ONNX", FAMILIES)
 
 
 def _narrow(source: ExportSource) -> list[Inexact]:
@@ -97,9 +111,24 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
         total += info.nbytes // info.dtype.itemsize * kept_dtype(source, name, options).itemsize
     notes = ["sequences of one batch are padded on the right: GroupQueryAttention takes their lengths from the mask"]
     notes += notes_of(source)
+    notes += _runtime_notes(source, decoder, read_parts(source.spec))
     if positions(decoder) < decoder.context:
         notes.append(f"the tables of rotation, and so the context, end at {positions(decoder)} tokens")
     return ExportPlan(total, 2, {**source.dropped, **passed}, tuple(notes))
+
+
+def _runtime_notes(source: ExportSource, decoder: Decoder, parts: Parts) -> list[str]:
+    """What experts and linear attention ask of the runtime."""
+    operators, notes = [], []
+    if parts.experts is not None and takes_qmoe(source.facts, parts.experts, decoder.hidden):
+        operators.append("QMoE with router_weights")
+    elif parts.experts is not None:
+        notes.append("experts are computed by a loop over those called: QMoE is not exact for these codes")
+    if parts.mixer is not None:
+        operators.append("LinearAttention")
+    if operators:
+        notes.append(f"made for ONNX Runtime 1.31 and onnxruntime-genai 0.18 ({' and '.join(operators)})")
+    return notes
 
 
 def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
@@ -225,6 +254,7 @@ class _Reading:
     """A written graph: its MatMulNBits, QMoE and Loop nodes and its tensors by name."""
 
     source: ExportSource
+    parts: Parts
     folder: Path
     nodes: dict[str, Any]
     tensors: dict[str, Any]
@@ -243,8 +273,7 @@ class _Reading:
 
     def experts(self, mlp: str) -> None:
         """AuditError where the node or nodes of a block's experts do not compute them."""
-        parts, hidden = read_parts(self.source.spec), self.source.spec.hidden_size
-        experts = parts.experts
+        experts, hidden = self.parts.experts, self.source.spec.hidden_size
         assert experts is not None
         if not takes_qmoe(self.source.facts, experts, hidden):
             for part, shape in ((GATE_UP, (2 * experts.width, hidden)), (DOWN, (hidden, experts.width))):
@@ -268,7 +297,8 @@ def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
     model = onnx().load(str(folder / MODEL_FILE), load_external_data=False)
     bodies = [node.attribute[0].g.node for node in model.graph.node if node.op_type == "Loop"]
     nodes = {node.name: node for part in (model.graph.node, *bodies) for node in part if node.op_type in _PRODUCTS}
-    reading = _Reading(source, folder, nodes, {tensor.name: tensor for tensor in model.graph.initializer})
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    reading = _Reading(source, read_parts(source.spec), folder, nodes, tensors)
     checked: set[str] = set()
     for name in source.linears:
         found = EXPERT.fullmatch(name)
@@ -288,7 +318,7 @@ def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
 
 ONNX = Format(
     name="onnx",
-    summary="ONNX with MatMulNBits, 4 or 8 bits: consecutive groups, symmetric or not",
+    summary="ONNX with MatMulNBits and QMoE, 4 or 8 bits: consecutive groups, symmetric or not; text decoder",
     runtimes=("onnxruntime-genai", "ONNX Runtime"),
     extra="onnx",
     check=_check,

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from qwen_quant.export import onnx, onnx_data
+from qwen_quant.export.decoder import read_decoder
 from qwen_quant.export.export import ExportJob, export_artifact
 from qwen_quant.export.formats import ExportOptions
-from qwen_quant.export.graph_parts import read_parts
+from qwen_quant.export.graph_parts import left_out, read_parts
 from qwen_quant.export.onnx_experts import takes_qmoe
 from qwen_quant.export.source import ExportSource
 from qwen_quant.export.verify import verify
@@ -45,6 +46,27 @@ def test_the_parts_of_each_family_are_those_of_its_config(tmp_path: Path) -> Non
         assert parts.experts.normalized == (family == "qwen3_moe")
         assert parts.sparse == ((True, False, True, True) if family == "qwen2_moe" else (False, True, False, True))
         assert takes_qmoe(source.facts, parts.experts, 128)
+
+
+def test_linear_attention_is_described_and_the_rest_of_the_file_left_out(tmp_path: Path) -> None:
+    for family in ("qwen3_next", "qwen3_5"):
+        source = ExportSource(artifact(tmp_path / family, family, sym=False))
+        assert onnx.ONNX.check(source) == []
+        parts = read_parts(source.spec)
+        assert parts.mixer is not None and parts.gated and parts.one_plus
+        assert parts.linear == (True, True, True, False) and parts.mixer.fused == (family == "qwen3_next")
+        assert (parts.mixer.channels, parts.mixer.kernel) == (2 * 2 * 32 + 4 * 32, 4)
+        assert bool(left_out(source)) == (family == "qwen3_5")
+        assert set(left_out(source)) <= set(onnx.ONNX.plan(source, ExportOptions()).dropped)
+        decoder = read_decoder(source)
+        config = onnx.genai_config(source, decoder, parts, tmp_path)["model"]
+        assert config["decoder"]["inputs"]["past_recurrent_names"] == "past.%d.recurrent"
+        assert config["type"] == ("qwen3_5_text" if family == "qwen3_5" else "qwen3_5_moe_text")
+
+
+def test_the_newest_family_is_refused_with_its_own_reason(tmp_path: Path) -> None:
+    (reason,) = onnx.ONNX.check(ExportSource(artifact(tmp_path, "qwen4_exp_text")))
+    assert reason.what == "family qwen4_exp_text" and "onnxruntime-genai 0.18" in reason.why
 
 
 def test_experts_that_are_not_quantized_are_refused(tmp_path: Path) -> None:
