@@ -7,7 +7,8 @@ The weight of a linear [out, in] with G groups of n consecutive columns is, in t
 with zeros u4 or u8 [out, G, 1] (one number for symmetric codes) and scales in the source's dtype [out, G, 1], both
 converted to FP32.  code - zero is exact and the product is rounded once, as everywhere in this package; OpenVINO's CPU
 plugin keeps the codes packed and multiplies from them.  Act-order: the columns are sorted by group, and the input goes
-through a Gather with the same order.
+through a Gather with the same order.  The routed experts of a block that have the same role are one such weight, with
+an axis for the experts in front of every constant.
 
 Codes are collected in a temporary file that is mapped while openvino writes the .bin, so that memory holds one linear
 at a time and not the model; so twice the disk space is needed for a moment. Collecting continues after a kill.
@@ -16,9 +17,8 @@ at a time and not the model; so twice the disk space is needed for a moment. Col
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from qwen_quant.environment import free_disk_bytes
-from qwen_quant.errors import AuditError, InputError
+from qwen_quant.errors import InputError
 from qwen_quant.export import checks
-from qwen_quant.export.behind import Behind, write_at
+from qwen_quant.export.behind import Behind
 from qwen_quant.export.decoder import (
     DENSE_FAMILIES,
     kept_parts,
@@ -42,7 +42,12 @@ from qwen_quant.export.decoder import (
 )
 from qwen_quant.export.folder import COMMIT_BYTES, REST_DTYPES, items, kept_dtype
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
-from qwen_quant.export.openvino_graph import Linear, Weights, build_model, opset
+from qwen_quant.export.graph_parts import left_out, read_parts
+from qwen_quant.export.hybrid import adds_one, is_hybrid
+from qwen_quant.export.openvino_graph import build_model
+from qwen_quant.export.openvino_ops import Linear, Weights, number, openvino, opset
+from qwen_quant.export.openvino_reading import pieces
+from qwen_quant.export.openvino_spool import TYPES, Spool, place_of
 from qwen_quant.export.pivot import PackedRows, pack_codes, unpack_codes
 from qwen_quant.progress import ProgressFn
 from qwen_quant.units import format_bytes
@@ -53,14 +58,18 @@ if TYPE_CHECKING:
 MODEL_FILE = "openvino_model.xml"
 SPOOL_FILE = ".constants"
 BITS = (4, 8)
+FAMILIES = (
+    *DENSE_FAMILIES,
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5",
+    "qwen3_5_moe_text",
+    "qwen3_5_moe",
+)
 _XML_BYTES_PER_LAYER = 115_000
-_ALIGNMENT = 64
-_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-_TYPE_BITS = {"u4": 4, "u8": 8, "f16": 16, "bf16": 16, "f32": 32, "i64": 64}
-
-
-def _openvino() -> Any:
-    return require("openvino", "openvino", "openvino")
+_XML_BYTES_MORE = 70_000  # with experts or linear attention
 
 
 def uneven_groups(source: ExportSource) -> list[Inexact]:
@@ -73,12 +82,27 @@ def uneven_groups(source: ExportSource) -> list[Inexact]:
     return [Inexact("groups of different sizes", why, "--format gptq_v2", linears=len(uneven))] if uneven else []
 
 
+def _experts(source: ExportSource) -> list[Inexact]:
+    """Why the routed experts of a block cannot be one constant (empty when they can)."""
+    near, found = "--format gptq_v2, or quantize with --no-desc-act, whose groups every format takes", []
+    act_order = [name for name in source.facts.act_order if place_of(source.spec, name).count]
+    if act_order:
+        why = "the experts of a block are one constant, whose columns have one order"
+        found.append(Inexact("act-order (desc_act) of routed experts", why, near, linears=len(act_order)))
+    plain = [name for name in source.unquantized_linears if place_of(source.spec, name).count]
+    if plain:
+        why = "the experts of a block are one constant of codes"
+        found.append(Inexact("routed experts that are not quantized", why, "--format gptq", linears=len(plain)))
+    return found
+
+
 def _check(source: ExportSource) -> list[Inexact]:
     return [
         *checks.bits(source, BITS, "the IR's linears are u4 or u8"),
         *checks.ragged(source, "groups are one axis of the constant"),
         *uneven_groups(source),
-        *refusals(source, "OpenVINO", DENSE_FAMILIES),
+        *_experts(source),
+        *refusals(source, "OpenVINO", FAMILIES),
     ]
 
 
@@ -86,15 +110,22 @@ def _tokenizers_installed() -> bool:
     return importlib.util.find_spec("openvino_tokenizers") is not None
 
 
+def _kept(source: ExportSource) -> list[str]:
+    """Kept tensors that the graph has a place for."""
+    without = left_out(source)
+    return [name for name in source.kept if name not in without]
+
+
 def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
     """Sizes within a few percent: the .xml's size is a guess, and openvino stores equal constants once."""
-    facts, total = source.facts, _XML_BYTES_PER_LAYER * source.spec.num_layers
+    more = _XML_BYTES_MORE if source.spec.family.sparse or is_hybrid(source.spec) else 0
+    facts, total = source.facts, (_XML_BYTES_PER_LAYER + more) * source.spec.num_layers
     for name in source.linears:
         (out, width), groups = source.shape(name), source.groups(name)
         zeros = 0 if facts.sym else out * groups * facts.bits // 8
         order = 8 * width if name in facts.act_order else 0
         total += out * width * facts.bits // 8 + out * groups * facts.scale_dtype.itemsize + zeros + order
-    for name in source.kept:
+    for name in _kept(source):
         info = source.reader.info(name)
         total += info.nbytes // info.dtype.itemsize * kept_dtype(source, name, options).itemsize
     notes = [
@@ -104,52 +135,7 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
     notes += notes_of(source)
     if not _tokenizers_installed():
         notes.append("no tokenizer in IR: openvino-genai needs one: pip install openvino-tokenizers and export again")
-    return ExportPlan(total, 2, source.dropped, tuple(notes))
-
-
-class _Spool:
-    """Bytes of constants in a file (open as `handle`) beside the model, and constants that are mapped from it.
-
-    Places follow from shapes alone, so what an earlier, killed run has collected is passed over by giving no `parts`.
-    """
-
-    def __init__(self, path: Path, handle: int, behind: Behind) -> None:
-        self.path, self.handle, self.behind, self.end = path, handle, behind, 0
-        self.places: dict[str, tuple[int, int, str, tuple[int, ...]]] = {}
-        self.mapped: Any = None  # openvino's constants point into it without keeping it alive
-
-    def add(self, name: str, kind: str, shape: tuple[int, ...], parts: Iterable[Tensor] | None) -> None:
-        """Append the constant `name` of openvino type `kind`, its bytes in parts (None: they are there)."""
-        start = self.end = -(-self.end // _ALIGNMENT) * _ALIGNMENT
-        size = -(-math.prod(shape) * _TYPE_BITS[kind] // 8)
-        for part in parts or ():
-            self.end += write_at(self.handle, self.behind, self.end, part.contiguous())
-        if parts is not None and self.end != start + size:
-            raise AuditError(f"'{name}' has {self.end - start} bytes", f"planned {size}")
-        self.end = start + size
-        self.places[name] = (start, size, kind, shape)
-
-    def sync(self) -> None:
-        """Everything that was added is on the disk."""
-        self.behind.drain()
-        os.fdatasync(self.handle)
-
-    def constants(self) -> dict[str, Any]:
-        """name -> Constant; call it once everything is on the disk."""
-        openvino, found = _openvino(), {}
-        self.mapped = mapped = np.memmap(self.path, dtype=np.uint8, mode="c")
-        for name, (start, count, kind, shape) in self.places.items():
-            tensor = openvino.Tensor(
-                mapped[start : start + count].view(_VIEWS.get(kind, np.uint8)),
-                list(shape),
-                getattr(openvino.Type, kind),
-            )
-            found[name] = openvino.op.Constant(tensor, shared_memory=True)
-            found[name].set_friendly_name(name)
-        return found
-
-
-_VIEWS = {"f32": np.float32, "f16": np.float16, "i64": np.int64, "bf16": np.float16}
+    return ExportPlan(total, 2, {**source.dropped, **left_out(source)}, tuple(notes))
 
 
 def sorted_columns(packed: PackedRows) -> tuple[Tensor, Tensor | None]:
@@ -161,18 +147,21 @@ def sorted_columns(packed: PackedRows) -> tuple[Tensor, Tensor | None]:
     return pack_codes(unpack_codes(packed.stream, bits)[:, order].contiguous(), bits), order
 
 
-def _spool_linear(source: ExportSource, name: str, spool: _Spool, *, known: bool) -> None:
+def _spool_linear(source: ExportSource, name: str, spool: Spool, *, known: bool) -> None:
     facts, (out, width), groups = source.facts, source.shape(name), source.groups(name)
-    found = None if known else _tensors(source, name)
-    kind = f"u{facts.bits}"
+    kind, place = f"u{facts.bits}", place_of(source.spec, name)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {"codes": (kind, (out, groups, width // groups))}
-    shapes["scales"] = (_TYPES[facts.scale_dtype], (out, groups, 1))
+    shapes["scales"] = (TYPES[facts.scale_dtype], (out, groups, 1))
     if not facts.sym:
         shapes["zeros"] = (kind, (out, groups, 1))
     if name in facts.act_order:
         shapes["order"] = ("i64", (width,))
     for part, (kind, shape) in shapes.items():
-        spool.add(f"{name}.{part}", kind, shape, None if found is None else [found[part]])
+        spool.place(f"{place.module}.{part}", kind, (place.count, *shape) if place.count else shape)
+    if not known:
+        found = _tensors(source, name)
+        for part in shapes:
+            spool.fill(f"{place.module}.{part}", [found[part]], (place.index, max(place.count, 1)))
 
 
 def _tensors(source: ExportSource, name: str) -> dict[str, Tensor]:
@@ -183,30 +172,37 @@ def _tensors(source: ExportSource, name: str) -> dict[str, Tensor]:
     return found if order is None else {**found, "order": order}
 
 
-def _spool_kept(source: ExportSource, name: str, dtype: torch.dtype, spool: _Spool, *, known: bool) -> None:
-    spool.add(name, _TYPES[dtype], source.reader.info(name).shape, None if known else kept_parts(source, name, dtype))
+def _spool_kept(source: ExportSource, name: str, dtype: torch.dtype, spool: Spool, *, known: bool) -> None:
+    spool.place(name, TYPES[dtype], source.reader.info(name).shape)
+    if not known:
+        spool.fill(name, kept_parts(source, name, dtype))
 
 
 def _weights(source: ExportSource, constants: dict[str, Any]) -> Weights:
     """Nodes that compute the FP32 weights from the constants."""
-    op, facts = opset(), source.facts
     linears, plain = {}, {}
     for name in source.linears:
-        codes = op.convert(constants[f"{name}.codes"], "f32")
-        if facts.sym:
-            zeros = op.constant(np.array(2 ** (facts.bits - 1), dtype=np.float32))
-        else:
-            zeros = op.convert(constants[f"{name}.zeros"], "f32")
-        values = op.multiply(op.subtract(codes, zeros), _as_f32(constants[f"{name}.scales"]))
-        shape = op.constant(np.array(source.shape(name), dtype=np.int64))
-        linears[name] = Linear(op.reshape(values, shape, False), constants.get(f"{name}.order"))
-    for name in source.kept:
-        plain[name] = _as_f32(constants[name])
+        place, shape = place_of(source.spec, name), source.shape(name)
+        if place.index == 0:
+            shape = (place.count, *shape) if place.count else shape
+            weight = _dequantized(source, place.module, shape, constants)
+            linears[place.module] = Linear(weight, constants.get(f"{place.module}.order"))
+    for name in _kept(source):
+        values = _as_f32(constants[name])
+        plain[name] = opset().add(values, number(1.0)) if adds_one(source.spec, name) else values
     return Weights(linears, plain)
 
 
+def _dequantized(source: ExportSource, module: str, shape: tuple[int, ...], constants: dict[str, Any]) -> Any:
+    op, facts = opset(), source.facts
+    codes = op.convert(constants[f"{module}.codes"], "f32")
+    zeros = number(2.0 ** (facts.bits - 1)) if facts.sym else op.convert(constants[f"{module}.zeros"], "f32")
+    values = op.multiply(op.subtract(codes, zeros), _as_f32(constants[f"{module}.scales"]))
+    return op.reshape(values, op.constant(np.array(shape, dtype=np.int64)), False)
+
+
 def _as_f32(constant: Any) -> Any:
-    if constant.get_element_type() == _openvino().Type.f32:
+    if constant.get_element_type() == openvino().Type.f32:
         return constant
     return opset().convert(constant, "f32")
 
@@ -224,25 +220,25 @@ def _check_space(source: ExportSource, options: ExportOptions, folder: Path) -> 
         )
 
 
-def _collect(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> _Spool:
+def _collect(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> Spool:
     """Every constant into the spool; continues after the item that `target.state` counts last."""
-    linears, names, path = set(source.linears), items(source), target.folder / SPOOL_FILE
+    linears, path, without = set(source.linears), target.folder / SPOOL_FILE, left_out(source)
+    names = [name for name in items(source) if name not in without]
     done, committed = int(target.state.get("items_done", 0)) if path.is_file() else 0, 0
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         with Behind() as behind:
-            spool = _Spool(path, handle, behind)
+            spool = Spool(path, handle, behind)
             for k, name in enumerate(names):
                 progress("writing", k, len(names))
                 if name in linears:
                     _spool_linear(source, name, spool, known=k < done)
                 else:
                     _spool_kept(source, name, kept_dtype(source, name, options), spool, known=k < done)
-                committed = spool.end if k < done else committed
-                if spool.end - committed >= COMMIT_BYTES:
+                if spool.written - committed >= COMMIT_BYTES:
                     spool.sync()
                     target.commit({"items_done": k + 1})
-                    committed = spool.end
+                    committed = spool.written
     finally:
         os.close(handle)
     return spool
@@ -252,9 +248,10 @@ def _write(source: ExportSource, options: ExportOptions, target: Target, progres
     """Collect the constants, build the graph, save it; a killed run goes on collecting where it was."""
     _check_space(source, options, target.folder)
     spool = _collect(source, options, target, progress)
-    model = build_model(read_decoder(source), _weights(source, spool.constants()))
-    _openvino().save_model(model, str(target.folder / MODEL_FILE), compress_to_fp16=False)
-    del model
+    weights = _weights(source, spool.constants())
+    model = build_model(read_decoder(source), read_parts(source.spec), weights)
+    openvino().save_model(model, str(target.folder / MODEL_FILE), compress_to_fp16=False)
+    del model, weights
     for suffix in (".xml", ".bin"):
         with open((target.folder / MODEL_FILE).with_suffix(suffix), "rb") as file:
             os.fsync(file.fileno())
@@ -272,47 +269,17 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     models = library.convert_tokenizer(tokenizer, with_detokenizer=True)
     for model, name in zip(models, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
-        _openvino().save_model(model, str(folder / name), compress_to_fp16=False)
-
-
-def _torch_of(constant: Any) -> Tensor:
-    """A plain constant, bit for bit."""
-    raw = np.array(constant.data).reshape(-1).view(np.uint8)
-    dtype = {kind: dtype for dtype, kind in _TYPES.items()}[constant.get_element_type().to_string()]
-    return torch.from_numpy(raw.copy()).view(dtype).view(tuple(constant.get_output_shape(0)))
-
-
-def _weight_of(model: Any, node: Any, order: Any | None) -> Tensor:
-    """FP32 [out, in] of a linear's MatMul, computed by openvino from the constants in front of it."""
-    openvino = _openvino()
-    part = openvino.Model([node.input_value(1)], [], node.get_friendly_name())
-    compiled = openvino.compile_model(part, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    values = torch.from_numpy(np.array(compiled([])[0]))
-    if order is None:
-        return values
-    result = torch.empty_like(values)
-    result[:, torch.from_numpy(np.array(order.data).astype(np.int64).reshape(-1))] = values
-    return result
+        openvino().save_model(model, str(folder / name), compress_to_fp16=False)
 
 
 def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
-    """What each MatMul of the saved graph multiplies with, evaluated by openvino itself."""
-    model = _openvino().Core().read_model(str(folder / MODEL_FILE))
-    nodes = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
-    for name in (*source.linears, *source.kept):
-        if name not in nodes:
-            raise AuditError(f"the graph in {MODEL_FILE} has no node '{name}'")
-    for name in source.linears:
-        before = nodes[name].input_value(0).get_node()
-        order = before.input_value(1).get_node() if name in source.facts.act_order else None
-        yield Piece(name, _weight_of(model, nodes[name], order))
-    for name in source.kept:
-        yield Piece(name, _torch_of(nodes[name]))
+    """What each MatMul of the saved graph multiplies with."""
+    return pieces(openvino().Core().read_model(str(folder / MODEL_FILE)), source, _kept(source))
 
 
 OPENVINO = Format(
     name="openvino",
-    summary="OpenVINO IR of the whole decoder, u4 or u8: symmetric or not, act-order too; dense models",
+    summary="OpenVINO IR of the whole decoder, u4 or u8: symmetric or not, act-order too but for routed experts",
     runtimes=("openvino-genai", "OpenVINO (CPU, GPU)"),
     extra="openvino",
     check=_check,
