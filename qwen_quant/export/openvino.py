@@ -182,9 +182,9 @@ def _weights(source: ExportSource, constants: dict[str, Any]) -> Weights:
     """Nodes that compute the FP32 weights from the constants."""
     linears, plain = {}, {}
     for name in source.linears:
-        place, shape = place_of(source.spec, name), source.shape(name)
+        place = place_of(source.spec, name)
         if place.index == 0:
-            shape = (place.count, *shape) if place.count else shape
+            shape = (*([place.count] if place.count else []), *source.shape(name))
             weight = _dequantized(source, place.module, shape, constants)
             linears[place.module] = Linear(weight, constants.get(f"{place.module}.order"))
     for name in _kept(source):
