@@ -154,11 +154,6 @@ def refusals(source: ExportSource, runtime: str, families: Sequence[str]) -> lis
     """Why the graph of this model is not one of those that are written for `runtime` (empty when it is)."""
     config, family = source.spec.text_config, source.spec.family.model_type
     near = "--format gptq, awq or compressed-tensors"
-    if source.spec.family.hyper:
-        why = (
-            "no graph is written for hyper-connections, an indexer that chooses what attention sees, and n-gram tables"
-        )
-        return [Inexact(f"family {family}", why, near)]
     if family not in families:
         return [Inexact(f"family {family}", f"{runtime} graphs are written for {', '.join(families)}", near)]
     if family == "qwen":

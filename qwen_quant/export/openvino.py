@@ -102,8 +102,19 @@ def _check(source: ExportSource) -> list[Inexact]:
         *checks.ragged(source, "groups are one axis of the constant"),
         *uneven_groups(source),
         *_experts(source),
-        *refusals(source, "OpenVINO", FAMILIES),
+        *_model_refusals(source),
     ]
+
+
+def _model_refusals(source: ExportSource) -> list[Inexact]:
+    """Why the graph of this model is not one of those written here (empty when it is)."""
+    family, near = source.spec.family, "--format gptq, awq or compressed-tensors"
+    if family.hyper:
+        why = (
+            "no graph is written for hyper-connections, an indexer that chooses what attention sees, and n-gram tables"
+        )
+        return [Inexact(f"family {family.model_type}", why, near)]
+    return refusals(source, "OpenVINO", FAMILIES)
 
 
 def _tokenizers_installed() -> bool:
