@@ -10,6 +10,8 @@ Two schemes, both per head; X is [rows, heads, tokens, channels]:
   zero clamped to 0..255 and truncated, value = scale * (code - zero); scale and zero are stored per token in the
   dtype of X. The original divides by zero where M = m; here such a chunk is exact (scale 1).
 
+A third, "bf16-stored", has no codes: BF16 values of a model that computes in FP32, at half its own cache's bytes.
+
 `update` returns all keys and values of one layer dequantized, the new ones included, so that a prompt sees what later
 tokens will see; nothing dequantized outlives the layer's attention. Storage grows by GROWTH_TOKENS, not per token.
 """
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 GROWTH_TOKENS = 256
 DEFAULT_SCHEME = "int8"
 PLAIN = "bf16"  # what the command line calls the cache in the model's own dtype
+STORED = "bf16-stored"  # a cache in BF16 for a model that computes in FP32
 _LARGEST_CODE = 127
 _QWEN_LARGEST_CODE = 255
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,8 +49,8 @@ class Scheme:
     """One way to quantize a chunk.
 
     Attributes:
-        quantize: [rows, heads, tokens, channels] -> (codes of that shape, then what dequantizes them, each
-            [rows, heads, tokens, 1]).
+        quantize: [rows, heads, tokens, channels] -> (codes of that shape, then what dequantizes them, if anything,
+            each [rows, heads, tokens, 1]).
         dequantize: those parts and the dtype wanted -> [rows, heads, tokens, channels].
     """
 
@@ -111,6 +114,7 @@ SCHEMES = {
     scheme.name: scheme
     for scheme in (
         Scheme("int8", quantize_per_token, lambda parts, dtype: dequantize_per_token(parts[0], parts[1], dtype)),
+        Scheme(STORED, lambda states: (states.to(torch.bfloat16),), lambda parts, dtype: parts[0].to(dtype)),
         Scheme("qwen", quantize_cache_v, lambda parts, dtype: dequantize_cache_torch(*parts).to(dtype)),
     )
 }
@@ -338,7 +342,7 @@ def _int8_layer(plain: Any, scheme: str) -> Any:
 
 
 def make_cache(config: PreTrainedConfig, kind: str) -> Cache:
-    """An empty cache: "bf16" (transformers' own, in the model's dtype), or a scheme: "int8", "qwen".
+    """An empty cache: "bf16" (transformers' own, in the model's dtype), or a scheme: "int8", "qwen", "bf16-stored".
 
     Errors: InputError for another kind.
     """

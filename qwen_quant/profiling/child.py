@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, StaticCac
 
 from qwen_quant.environment import memory_bytes
 from qwen_quant.errors import QwenQuantError
-from qwen_quant.kv_cache import PLAIN, cache_capacity, cache_nbytes, make_cache
+from qwen_quant.kv_cache import PLAIN, STORED, cache_capacity, cache_nbytes, make_cache
 from qwen_quant.models.skeleton import compute_dtype
 from qwen_quant.process import tune_process
 from qwen_quant.profiling.energy import energy_meter, joules_between
@@ -44,7 +44,7 @@ from qwen_quant.profiling.timing import Timing, time_generation
 from qwen_quant.results import to_json
 from qwen_quant.runtime.decode import compiled_step, decoding_cache, filled_storage, next_token
 from qwen_quant.runtime.loading import WeightSource, load_model
-from qwen_quant.runtime.native_step import CACHES, NativeStep, refusal
+from qwen_quant.runtime.native_step import NativeStep, refusal
 from qwen_quant.runtime.quantized_model import bytes_per_token, load_quantized
 
 Step = Callable[..., Any]
@@ -73,13 +73,15 @@ class Generation:
     """Greedy decoding of one batch, one call a token; every call returns when the device is done.
 
     Models and caches that the native step takes run through it, as in `runtime.decode`; `compiled` is the
-    compiled step to take instead, made for a static cache of this batch and length.
+    compiled step to take instead, made for a static cache of this batch and length, which is in the model's dtype.
+    Otherwise the bf16 cache holds BF16 also for a model that computes in FP32.
     """
 
     def __init__(
         self, model: PreTrainedModel, ids: Tensor, kv_cache: str, new_tokens: int, compiled: Step | None = None
     ) -> None:
         self.model, self.next, self.compiled = model, ids, compiled
+        kv_cache = STORED if kv_cache == PLAIN and model.config.dtype == torch.float32 else kv_cache
         self.takes_native = compiled is None and not refusal(model, ids.shape[0], kv_cache)
         capacity = ids.shape[1] + new_tokens
         self.cache: Cache
@@ -131,13 +133,10 @@ def load_for_profile(folder: Path, device: torch.device, dtype: torch.dtype | No
         model = load_quantized(folder, device, dtype)
         step = refusal(model, 1)
         steps = (
-            f"steps by transformers: {step}"
-            if step
-            else f"steps of one row with the caches {' and '.join(CACHES)}: native"
+            f"steps by transformers: {step}" if step else f"steps of one row with the caches {PLAIN} and int8: native"
         )
         kept = _name(model.config.dtype)
-        cache = "" if model.config.dtype == torch.bfloat16 else f", and with them the {PLAIN} cache"
-        return model, f"{model.kernel_report.summary()}; activations {kept}{cache}; {steps}"
+        return model, f"{model.kernel_report.summary()}; activations {kept}; {steps}"
     dtype = dtype or torch.bfloat16
     if source.is_quantized and importlib.util.find_spec("bitsandbytes") is not None:
         return _load_with_bitsandbytes(folder, device, dtype), f"{source.kind} modules; activations {_name(dtype)}"

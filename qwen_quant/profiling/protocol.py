@@ -46,7 +46,7 @@ class ProfileConfig:
         batch_sizes, new_tokens: a sweep over every combination; both empty: the published protocol. One of them empty:
             1024 new tokens, or one row.
         context_tokens: tokens in front of the new ones, in a sweep.
-        kv_caches: caches to measure with: "bf16" (the model's dtype), "int8", "qwen".
+        kv_caches: caches to measure with: "bf16" (16-bit: F16 for a model in F16), "int8", "qwen".
         runs: timed generations of each cell; figures are their median.
         warmup_tokens: tokens generated before the clock starts (0: none).
         max_seconds: what the timed runs of one cell may take together; a run that is cut is extrapolated. None: any.

@@ -180,7 +180,7 @@ def filled_storage(cache: Cache) -> list[tuple[Tensor, ...]]:
     coded = [layer for layer in cache.layers if isinstance(layer, Int8Layer)]
     if coded:
         halves = [(layer.stores[0].parts, layer.stores[1].parts) for layer in coded]
-        return [(keys[0], values[0], keys[1], values[1]) for keys, values in halves]
+        return [(keys[0], values[0], *keys[1:], *values[1:]) for keys, values in halves]
     layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer) and layer.storage is not None]
     assert len(layers) == len(cache.layers)
     return [layer.storage for layer in layers if layer.storage is not None]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qwen_quant.kv_cache import PLAIN
+from qwen_quant.kv_cache import PLAIN, STORED
 from qwen_quant.runtime.head import Bf16Embedding, Bf16Head
 from qwen_quant.runtime.kernels.native import NativeKernel, library
 from qwen_quant.runtime.linear import Int4Linear
 
 FAMILIES = ("qwen2", "qwen3")
-CACHES = (PLAIN, "int8")
+CACHES = (PLAIN, "int8", STORED)
 STATIC_ROTATIONS = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length
 MOST_GROUPS = 1024
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
@@ -37,6 +37,7 @@ class _Linear(ctypes.Structure):
 
 
 _PLAIN_STORAGE = ("keys", "values")
+_HALVES = ("key_halves", "value_halves")
 _CODED = ("key_codes", "value_codes", "key_scales", "value_scales")
 
 
@@ -45,7 +46,7 @@ class _Layer(ctypes.Structure):
         *[(name, _Linear) for name in (*_ATTENTION, *_GATED)],
         *[
             (name, _POINTER)
-            for name in ("input_norm", "middle_norm", "query_norm", "key_norm", *_PLAIN_STORAGE, *_CODED)
+            for name in ("input_norm", "middle_norm", "query_norm", "key_norm", *_PLAIN_STORAGE, *_HALVES, *_CODED)
         ],
     ]
 
@@ -68,7 +69,7 @@ def refusal(model: PreTrainedModel, batch: int, kv_cache: str = PLAIN) -> str:
     """Why `NativeStep` does not run this model for `batch` rows with such a cache; empty when it does."""
     config = model.config
     if kv_cache not in CACHES:
-        return f"made for the caches {' and '.join(CACHES)}, this is {kv_cache}"
+        return f"made for the caches {', '.join(CACHES)}, this is {kv_cache}"
     if config.model_type not in FAMILIES:
         return f"made for {' and '.join(FAMILIES)}, this is {config.model_type}"
     if batch != 1:
@@ -116,8 +117,8 @@ class NativeStep:
 
     Args:
         model: one that `refusal` takes, on the CPU.
-        storage: of every layer, contiguous: FP32 keys and values [1, kv_heads, capacity, head_dim], or of an Int8 cache
-            int8 key codes and value codes of that shape and their FP32 scales [1, kv_heads, capacity, 1].
+        storage: of every layer, contiguous: FP32 or BF16 keys and values [1, kv_heads, capacity, head_dim], or of an
+            Int8 cache int8 key codes and value codes of that shape and their FP32 scales [1, kv_heads, capacity, 1].
     """
 
     def __init__(self, model: PreTrainedModel, storage: list[tuple[Tensor, ...]]) -> None:
@@ -168,7 +169,7 @@ class NativeStep:
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         pointers = [self._pointer(None if norm is None else norm.weight) for norm in norms]
-        names = _PLAIN_STORAGE if len(storage) == len(_PLAIN_STORAGE) else _CODED
+        names = {torch.bfloat16: _HALVES, torch.int8: _CODED}.get(storage[0].dtype, _PLAIN_STORAGE)
         assert all(part.is_contiguous() for part in storage)
         held = {name: part.data_ptr() for name, part in zip(names, storage, strict=True)}
         return _Layer(*linears, *pointers, **held)

@@ -9,7 +9,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from qwen_quant.errors import UsageError
-from qwen_quant.kv_cache import GROWTH_TOKENS, Int8Cache
+from qwen_quant.kv_cache import GROWTH_TOKENS, STORED, Int8Cache, cache_nbytes
 from qwen_quant.profiling.child import Generation, held_cache
 from qwen_quant.runtime.decode import decode, decoding_cache, filled_storage, preallocated_cache
 from qwen_quant.runtime.native_step import NativeStep, refusal
@@ -81,6 +81,31 @@ def test_heads_that_share_keys_and_values(tmp_path: Path, heads: int, kv_heads: 
     assert float((ours - theirs).abs().max()) <= 2e-4 * float(theirs.abs().max()), float((ours - theirs).abs().max())
 
 
+def test_a_bf16_cache_under_fp32_activations(tmp_path: Path) -> None:
+    """Keys and values in BF16, the bits that torch rounds to; half the bytes of the plain cache."""
+    model = load_quantized(artifact(tmp_path, "qwen3"), dtype=torch.float32)
+    tokens = [(31 * i + 7) % 256 for i in range(40)]
+    capacity = IDS.shape[1] + len(tokens)
+    native, plain = (decoding_cache(model, capacity, STORED) for _ in range(2))
+    ours, theirs = steps(model, tokens, (native, plain))
+    exact, _ = steps(model, tokens)
+    assert float((ours - theirs).abs().max()) <= 2e-3 * float(theirs.abs().max())
+    error, effect = (float((ours - other).abs().median()) for other in (theirs, exact))
+    assert effect > 5 * error, (error, effect)
+    first, again = (
+        torch.cat([store.parts[0][:, :, : IDS.shape[1] + 1] for store in cache.layers[0].stores])
+        for cache in (native, plain)
+    )
+    assert first.dtype == torch.bfloat16 and float((first.float() - again.float()).abs().max()) <= 2**-7
+    assert 2 * cache_nbytes(plain) <= cache_nbytes(decoded_plainly(model, capacity)) * 1.1
+
+
+def decoded_plainly(model: PreTrainedModel, capacity: int) -> Cache:
+    cache = preallocated_cache(model, -(-capacity // GROWTH_TOKENS) * GROWTH_TOKENS)
+    model(IDS, past_key_values=cache)
+    return cache
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_an_int8_cache_is_read_and_written_as_transformers_does(tmp_path: Path, family: str) -> None:
     """The same codes and scales, over the edge of the first storage that grows; closer than to the plain cache's."""
@@ -147,7 +172,7 @@ def test_room_that_a_cut_generation_never_used_is_no_memory(tmp_path: Path, kind
         generation.step()
     nbytes, tokens = held_cache(generation)
     assert tokens == IDS.shape[1] + 3
-    token_bytes = 2 * 2 * 2 * (32 * 4 if kind == "bf16" else 32 + 4)  # layers, keys and values, heads
+    token_bytes = 2 * 2 * 2 * (32 * 2 if kind == "bf16" else 32 + 4)  # layers, keys and values, heads
     assert nbytes == tokens * token_bytes
 
 

@@ -30,10 +30,13 @@ typedef struct {
     linear_t query, key, value, output, gate, up, down;
     const float *input_norm, *middle_norm; /* [hidden] */
     const float *query_norm, *key_norm;    /* [head_dim], or NULL */
-    float *keys, *values;                  /* [kv_heads, capacity, head_dim], or NULL with codes */
+    float *keys, *values;                  /* [kv_heads, capacity, head_dim], NULL with another of the three */
+    uint16_t *key_halves, *value_halves;   /* the same in BF16 */
     int8_t *key_codes, *value_codes;       /* the same of an Int8 cache: value = scale * code */
     float *key_scales, *value_scales;      /* [kv_heads, capacity] */
 } layer_t;
+
+enum { WHOLE, CODED, HALF }; /* how a cache holds its vectors */
 
 typedef struct {
     int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary, capacity;
@@ -154,17 +157,32 @@ static void place_head(const model_t *m, float *head, const float *norm, int64_t
     }
 }
 
+static int cache_kind(const layer_t *layer) { return layer->key_codes ? CODED : layer->key_halves ? HALF : WHOLE; }
+
 /* Eight values of a cached vector; a coded one's scale is applied by the caller. Those to come are asked for. */
-static inline __attribute__((always_inline)) __m256 cached(const float *values, const int8_t *codes, int64_t at,
-                                                           const int coded) {
-    _mm_prefetch((coded ? (const char *)(codes + at) : (const char *)(values + at)) + AHEAD, _MM_HINT_T0);
-    return coded ? widened(codes + at) : _mm256_loadu_ps(values + at);
+static inline __attribute__((always_inline)) __m256 cached(const float *values, const int8_t *codes,
+                                                           const uint16_t *halves, int64_t at, const int kind) {
+    const char *place = kind == CODED ? (const char *)(codes + at)
+                        : kind == HALF ? (const char *)(halves + at)
+                                       : (const char *)(values + at);
+    _mm_prefetch(place + AHEAD, _MM_HINT_T0);
+    if (kind == CODED) return widened(codes + at);
+    if (kind == WHOLE) return _mm256_loadu_ps(values + at);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)place)), 16));
+}
+
+/* One token's vector in BF16, rounded to the nearest, ties to even. */
+static void store_halves(const float *x, int64_t size, uint16_t *halves) {
+    for (int64_t i = 0; i < size; i++) {
+        union { float value; uint32_t bits; } one = {x[i]};
+        halves[i] = (uint16_t)((one.bits + 0x7FFF + (one.bits >> 16 & 1)) >> 16);
+    }
 }
 
 /* Scores of `count` query heads from `head` on, which share key head kv, at positions t to t + places - 1. */
 static inline __attribute__((always_inline)) void score(const model_t *m, const layer_t *layer, int64_t kv,
                                                         int64_t head, const int count, int64_t t, const int places,
-                                                        const int coded) {
+                                                        const int kind) {
     const int64_t size = m->head_dim, padded = (m->capacity + 7) / 8 * 8, first = kv * m->capacity + t;
     const float *query = m->queries + head * size;
     float *scores = m->scores + head * padded + t;
@@ -174,14 +192,14 @@ static inline __attribute__((always_inline)) void score(const model_t *m, const 
     for (int64_t i = 0; i < size; i += 8) {
         __m256 keys[2];
         for (int p = 0; p < places; p++)
-            keys[p] = cached(layer->keys, layer->key_codes, (first + p) * size + i, coded);
+            keys[p] = cached(layer->keys, layer->key_codes, layer->key_halves, (first + p) * size + i, kind);
         for (int h = 0; h < count; h++) {
             const __m256 part = _mm256_loadu_ps(query + h * size + i);
             for (int p = 0; p < places; p++) sums[p][h] = _mm256_fmadd_ps(keys[p], part, sums[p][h]);
         }
     }
     for (int p = 0; p < places; p++) {
-        const float unit = coded ? layer->key_scales[first + p] : 1.0f;
+        const float unit = kind == CODED ? layer->key_scales[first + p] : 1.0f;
         for (int h = 0; h < count; h++) scores[h * padded + p] = horizontal(sums[p][h]) * unit * m->attention_scale;
     }
 }
@@ -189,7 +207,7 @@ static inline __attribute__((always_inline)) void score(const model_t *m, const 
 /* Adds weight times value over positions [t, stop) to `wide` vectors of columns of `count` query heads' outputs. */
 static inline __attribute__((always_inline)) void mix(const model_t *m, const layer_t *layer, int64_t kv, int64_t head,
                                                       const int count, int64_t t, int64_t stop, int64_t column,
-                                                      const int wide, const int coded) {
+                                                      const int wide, const int kind) {
     const int64_t size = m->head_dim, padded = (m->capacity + 7) / 8 * 8, first = kv * m->capacity;
     const float *weights = m->scores + head * padded;
     float *out = m->mixed + head * size + column;
@@ -199,7 +217,8 @@ static inline __attribute__((always_inline)) void mix(const model_t *m, const la
     for (; t < stop; t++) {
         __m256 values[2];
         for (int c = 0; c < wide; c++)
-            values[c] = cached(layer->values, layer->value_codes, (first + t) * size + column + 8 * c, coded);
+            values[c] = cached(layer->values, layer->value_codes, layer->value_halves,
+                               (first + t) * size + column + 8 * c, kind);
         for (int h = 0; h < count; h++) {
             const __m256 weight = _mm256_broadcast_ss(weights + h * padded + t);
             for (int c = 0; c < wide; c++) sums[h][c] = _mm256_fmadd_ps(weight, values[c], sums[h][c]);
@@ -211,42 +230,46 @@ static inline __attribute__((always_inline)) void mix(const model_t *m, const la
 
 static inline __attribute__((always_inline)) void score_span(const model_t *m, const layer_t *layer, int64_t kv,
                                                              int64_t head, const int count, int64_t t, int64_t stop,
-                                                             const int coded) {
-    for (; t + 2 <= stop; t += 2) score(m, layer, kv, head, count, t, 2, coded);
-    if (t < stop) score(m, layer, kv, head, count, t, 1, coded);
+                                                             const int kind) {
+    for (; t + 2 <= stop; t += 2) score(m, layer, kv, head, count, t, 2, kind);
+    if (t < stop) score(m, layer, kv, head, count, t, 1, kind);
 }
 
 static inline __attribute__((always_inline)) void mix_span(const model_t *m, const layer_t *layer, int64_t kv,
                                                            int64_t head, const int count, int64_t t, int64_t stop,
-                                                           int64_t column, int64_t end, const int coded) {
-    for (; column + 16 <= end; column += 16) mix(m, layer, kv, head, count, t, stop, column, 2, coded);
-    if (column < end) mix(m, layer, kv, head, count, t, stop, column, 1, coded);
+                                                           int64_t column, int64_t end, const int kind) {
+    for (; column + 16 <= end; column += 16) mix(m, layer, kv, head, count, t, stop, column, 2, kind);
+    if (column < end) mix(m, layer, kv, head, count, t, stop, column, 1, kind);
 }
 
-/* FUNCTION(..., count, ..., coded) with both as constants, for `count` from 1 to TEAM. */
-#define WITH_CONSTANTS(FUNCTION, count, coded, ...)                                                                    \
-    switch ((count) + (coded ? TEAM : 0)) {                                                                            \
-    case 1: FUNCTION(m, layer, kv, head, 1, __VA_ARGS__, 0); break;                                                    \
-    case 2: FUNCTION(m, layer, kv, head, 2, __VA_ARGS__, 0); break;                                                    \
-    case 3: FUNCTION(m, layer, kv, head, 3, __VA_ARGS__, 0); break;                                                    \
-    case 4: FUNCTION(m, layer, kv, head, 4, __VA_ARGS__, 0); break;                                                    \
-    case 5: FUNCTION(m, layer, kv, head, 1, __VA_ARGS__, 1); break;                                                    \
-    case 6: FUNCTION(m, layer, kv, head, 2, __VA_ARGS__, 1); break;                                                    \
-    case 7: FUNCTION(m, layer, kv, head, 3, __VA_ARGS__, 1); break;                                                    \
-    default: FUNCTION(m, layer, kv, head, 4, __VA_ARGS__, 1);                                                          \
+/* FUNCTION(..., count, ..., kind) with both as constants, for `count` from 1 to TEAM. */
+#define WITH_CONSTANTS(FUNCTION, count, kind, ...)                                                                     \
+    switch ((count) + (kind) * TEAM) {                                                                                 \
+    case 1: FUNCTION(m, layer, kv, head, 1, __VA_ARGS__, WHOLE); break;                                                \
+    case 2: FUNCTION(m, layer, kv, head, 2, __VA_ARGS__, WHOLE); break;                                                \
+    case 3: FUNCTION(m, layer, kv, head, 3, __VA_ARGS__, WHOLE); break;                                                \
+    case 4: FUNCTION(m, layer, kv, head, 4, __VA_ARGS__, WHOLE); break;                                                \
+    case 5: FUNCTION(m, layer, kv, head, 1, __VA_ARGS__, CODED); break;                                                \
+    case 6: FUNCTION(m, layer, kv, head, 2, __VA_ARGS__, CODED); break;                                                \
+    case 7: FUNCTION(m, layer, kv, head, 3, __VA_ARGS__, CODED); break;                                                \
+    case 8: FUNCTION(m, layer, kv, head, 4, __VA_ARGS__, CODED); break;                                                \
+    case 9: FUNCTION(m, layer, kv, head, 1, __VA_ARGS__, HALF); break;                                                 \
+    case 10: FUNCTION(m, layer, kv, head, 2, __VA_ARGS__, HALF); break;                                                \
+    case 11: FUNCTION(m, layer, kv, head, 3, __VA_ARGS__, HALF); break;                                                \
+    default: FUNCTION(m, layer, kv, head, 4, __VA_ARGS__, HALF);                                                       \
     }
 
 /* scores = q K^T * scale over positions 0 to `position`; this thread's share of spans of all key heads. */
 static void score_heads(const model_t *m, const layer_t *layer, int64_t position, const team_t *team) {
     const int64_t spans = position / SPAN + 1, shared = m->heads / m->kv_heads;
-    const int coded = layer->key_codes != 0;
+    const int kind = cache_kind(layer);
     int64_t start, end;
     share(team, m->kv_heads * spans, &start, &end);
     for (int64_t unit = start; unit < end; unit++) {
         const int64_t kv = unit / spans, t = unit % spans * SPAN;
         const int64_t stop = t + SPAN < position + 1 ? t + SPAN : position + 1;
         for (int64_t head = kv * shared, last = head + shared; head < last; head += TEAM)
-            WITH_CONSTANTS(score_span, last - head < TEAM ? last - head : TEAM, coded, t, stop)
+            WITH_CONSTANTS(score_span, last - head < TEAM ? last - head : TEAM, kind, t, stop)
     }
 }
 
@@ -276,7 +299,7 @@ static void weigh(const model_t *m, const layer_t *layer, int64_t head, int64_t 
 /* mixed = weights V over positions 0 to `position`; this thread's share of the columns of all value heads. */
 static void mix_heads(const model_t *m, const layer_t *layer, int64_t position, const team_t *team) {
     const int64_t size = m->head_dim, shared = m->heads / m->kv_heads;
-    const int coded = layer->key_codes != 0;
+    const int kind = cache_kind(layer);
     int64_t start, end;
     share(team, m->kv_heads * size / 8, &start, &end);
     for (int64_t at = 8 * start; at < 8 * end;) {
@@ -286,7 +309,7 @@ static void mix_heads(const model_t *m, const layer_t *layer, int64_t position, 
         for (int64_t t = 0; t <= position; t += SPAN) {
             const int64_t stop = t + SPAN < position + 1 ? t + SPAN : position + 1;
             for (int64_t head = kv * shared, last = head + shared; head < last; head += TEAM)
-                WITH_CONSTANTS(mix_span, last - head < TEAM ? last - head : TEAM, coded, t, stop, column, to)
+                WITH_CONSTANTS(mix_span, last - head < TEAM ? last - head : TEAM, kind, t, stop, column, to)
         }
         at = kv * size + to;
     }
@@ -300,6 +323,11 @@ static void store_head(const model_t *m, const layer_t *layer, int64_t kv, int64
     if (layer->key_codes) {
         store_codes(key, size, layer->key_codes + at * size, layer->key_scales + at);
         store_codes(value, size, layer->value_codes + at * size, layer->value_scales + at);
+        return;
+    }
+    if (layer->key_halves) {
+        store_halves(key, size, layer->key_halves + at * size);
+        store_halves(value, size, layer->value_halves + at * size);
         return;
     }
     for (int64_t i = 0; i < size; i++) layer->keys[at * size + i] = key[i];
