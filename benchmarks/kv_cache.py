@@ -1,11 +1,13 @@
 """Int8 key/value caches against the plain one on a real model: divergence, decoding time, bytes.
 
     python benchmarks/kv_cache.py MODEL [--tokens 512] [--windows 2] [--cached 8192] [--steps 12] [--dtype bf16]
+                                  [--int4 FOLDER]
 
 Divergence: KL(plain || cache) per token in FP32 over windows of the bundled English text, decoded the way `generate`
 does: half of a window as a prompt, then token by token, so that the "qwen" scheme sees the chunks it was made for.
 Time: one decoding step with `--cached` tokens in the cache (random keys and values of normal size), the kinds
-alternating step by step in one process. Prints a table and one JSON line.
+alternating step by step in one process; with --int4 also that of an Int4 folder by the native step. Prints a table and
+one JSON line.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedModel
 
 from qwen_quant.data import bundled_path
-from qwen_quant.kv_cache import cache_nbytes, make_cache
+from qwen_quant.kv_cache import STORED, cache_nbytes, make_cache
 from qwen_quant.process import tune_process
+from qwen_quant.runtime.decode import decoding_cache, filled_storage
 from qwen_quant.runtime.loading import load_model
+from qwen_quant.runtime.native_step import NativeStep
+from qwen_quant.runtime.quantized_model import load_quantized
 
 KINDS = ("bf16", "int8", "qwen")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -88,14 +93,43 @@ def decoding(folder: Path, cached: int, steps: int, dtype: torch.dtype) -> dict[
             model(token, past_key_values=cache, use_cache=True)
             if step >= 2:
                 seconds[kind].append(time.perf_counter() - start)
+    return rows(seconds, {kind: cache_nbytes(cache) for kind, cache in caches.items()})
+
+
+@torch.inference_mode()
+def native_decoding(folder: Path, cached: int, steps: int) -> dict[str, dict[str, float]]:
+    """The native step of an Int4 folder; the BF16 cache in BF16, although activations are FP32."""
+    model = load_quantized(folder, dtype=torch.float32)
+    attention = model.get_decoder().layers[0].self_attn
+    native, nbytes = {}, {}
+    for kind, name in (("bf16", STORED), ("int8", "int8")):
+        cache = decoding_cache(model, cached, name)
+        for layer in range(model.config.num_hidden_layers):
+            shape = (1, model.config.num_key_value_heads, cached - steps - 2, attention.head_dim)
+            states = torch.randn(shape, generator=torch.Generator().manual_seed(layer))
+            cache.update(states, states, layer)
+        native[kind], nbytes[kind] = NativeStep(model, filled_storage(cache)), cache_nbytes(cache)
+    seconds: dict[str, list[float]] = {kind: [] for kind in native}
+    for step in range(steps + 2):
+        for kind, run in native.items():
+            start = time.perf_counter()
+            run(0, cached - steps - 2 + step)
+            if step >= 2:
+                seconds[kind].append(time.perf_counter() - start)
+    return rows(seconds, nbytes)
+
+
+def rows(seconds: dict[str, list[float]], nbytes: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Median step and bytes of each kind of cache, and their ratios to those of "bf16"."""
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     return {
         kind: {
-            "step_seconds": statistics.median(seconds[kind]),
-            "slowdown": statistics.median(seconds[kind]) / statistics.median(seconds["bf16"]),
-            "bytes": cache_nbytes(caches[kind]),
-            "bytes_ratio": cache_nbytes(caches[kind]) / cache_nbytes(caches["bf16"]),
+            "step_seconds": medians[kind],
+            "slowdown": medians[kind] / medians["bf16"],
+            "bytes": nbytes[kind],
+            "bytes_ratio": nbytes[kind] / nbytes["bf16"],
         }
-        for kind in KINDS
+        for kind in seconds
     }
 
 
@@ -107,6 +141,7 @@ def main() -> None:
     parser.add_argument("--cached", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--int4", type=Path, help="an Int4 folder that the native step runs")
     given = parser.parse_args()
     tune_process()
     quality = divergence(given.model, given.tokens, given.windows)
@@ -116,12 +151,14 @@ def main() -> None:
             f"{kind}: KL {row['kl_mean']:.2e} (p99 {row['kl_p99']:.2e}), top-1 {row['top1_agreement']:.2%}, "
             f"perplexity ratio {row['perplexity_ratio']:.5f}, {row['tokens']} tokens"
         )
-    for kind, row in speed.items():
-        print(
-            f"{kind}: {1e3 * row['step_seconds']:.1f} ms a step at {given.cached} tokens in {given.dtype} "
-            f"({row['slowdown']:.3f} x), {row['bytes'] / 2**20:.1f} MiB ({row['bytes_ratio']:.4f} x)"
-        )
-    print(json.dumps({"model": str(given.model), "quality": quality, "speed": speed}))
+    native = native_decoding(given.int4, given.cached, given.steps) if given.int4 else {}
+    for where, found in ((f"transformers, {given.dtype}", speed), ("native step, Int4", native)):
+        for kind, row in found.items():
+            print(
+                f"{where}, {kind}: {1e3 * row['step_seconds']:.1f} ms a step at {given.cached} tokens "
+                f"({row['slowdown']:.3f} x), {row['bytes'] / 2**20:.1f} MiB ({row['bytes_ratio']:.4f} x)"
+            )
+    print(json.dumps({"model": given.model.name, "quality": quality, "speed": speed, "native": native}))
 
 
 if __name__ == "__main__":
