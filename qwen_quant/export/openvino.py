@@ -111,7 +111,7 @@ def _model_refusals(source: ExportSource) -> list[Inexact]:
     family, near = source.spec.family, "--format gptq, awq or compressed-tensors"
     if family.hyper:
         why = (
-            "no graph is written for hyper-connections, an indexer that chooses what attention sees, and n-gram tables"
+            "its n-gram tables are read at 64-bit hashes, and OpenVINO 2026.4's CPU plugin computes integers in 32 bits"
         )
         return [Inexact(f"family {family.model_type}", why, near)]
     return refusals(source, "OpenVINO", FAMILIES)
@@ -143,10 +143,22 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
         "for FP32 logits compile with INFERENCE_PRECISION_HINT=f32, KV_CACHE_PRECISION=f32 and"
         " DYNAMIC_QUANTIZATION_GROUP_SIZE=0: by default OpenVINO may round them to 16 or 8 bits"
     ]
-    notes += notes_of(source)
+    notes += [*notes_of(source), *_notes_on_parts(source)]
     if not _tokenizers_installed():
         notes.append("no tokenizer in IR: openvino-genai needs one: pip install openvino-tokenizers and export again")
     return ExportPlan(total, 2, {**source.dropped, **left_out(source)}, tuple(notes))
+
+
+def _notes_on_parts(source: ExportSource) -> list[str]:
+    """What to know of experts and of linear attention."""
+    notes = []
+    if source.spec.expert_count:
+        notes.append(
+            "OpenVINO 2026.4 on a CPU reads the chosen experts only; one that does not fuse them reads them all"
+        )
+    if is_hybrid(source.spec):
+        notes.append("padding in front of a text is known by position_ids, which count its tokens from 0")
+    return notes
 
 
 def sorted_columns(packed: PackedRows) -> tuple[Tensor, Tensor | None]:

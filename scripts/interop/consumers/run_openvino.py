@@ -1,4 +1,8 @@
-"""OpenVINO on a CPU reads an openvino folder: logits by the compiled graph, the tokens by openvino-genai; all FP32."""
+"""OpenVINO on a CPU reads an openvino folder: logits by the compiled graph, the tokens by openvino-genai; all FP32.
+
+openvino-genai generates twice, with the graph as it is ("SDPA") and with the paged attention that it makes of it ("PA",
+its default); where the two disagree, the row has no answer.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +35,16 @@ def load(folder: Path) -> Runner:
         return np.array(compiled.create_infer_request().infer(feed)["logits"])[0]
 
     def greedy(ids: list[int], count: int) -> list[int]:
-        pipe = openvino_genai.LLMPipeline(str(folder), "CPU", ATTENTION_BACKEND="SDPA", **EXACT)
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.do_sample, config.ignore_eos = count, False, True
         config.apply_chat_template = False
-        return list(pipe.generate(openvino.Tensor(np.array([ids])), config).tokens[0])
+        found = []
+        for backend in ("SDPA", "PA"):
+            pipe = openvino_genai.LLMPipeline(str(folder), "CPU", ATTENTION_BACKEND=backend, **EXACT)
+            found.append(list(pipe.generate(openvino.Tensor(np.array([ids])), config).tokens[0]))
+        if found[0] != found[1]:
+            raise RuntimeError(f"SDPA generates {found[0]}, paged attention {found[1]}")
+        return found[0]
 
     return Runner(logits, greedy)
 
