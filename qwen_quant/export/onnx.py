@@ -38,6 +38,7 @@ from qwen_quant.export.onnx_decoder import build_model, build_nodes
 from qwen_quant.export.onnx_experts import DOWN, GATE_UP, qmoe_attributes, stack_name, takes_qmoe
 from qwen_quant.export.onnx_graph import Graph, onnx
 from qwen_quant.export.pivot import LinearGrid, PackedRows, consecutive_groups
+from qwen_quant.export.rows import row_pieces
 from qwen_quant.progress import ProgressFn
 from qwen_quant.resume import write_json_atomically
 
@@ -208,28 +209,27 @@ def _torch_of(proto: Any, folder: Path) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
-def _expert_part(proto: Any, index: int) -> Any:
-    """The TensorProto of one expert's part of a stack."""
+def _part(proto: Any, start: int, stop: int) -> Any:
+    """The TensorProto of rows start..stop (dimension 0) of a tensor of the data file."""
     part = onnx().TensorProto()
     part.CopyFrom(proto)
     del part.dims[:], part.external_data[:]
-    part.dims.extend(proto.dims[1:])
+    part.dims.extend([stop - start, *proto.dims[1:]])
     places = {entry.key: entry.value for entry in proto.external_data}
     size = int(places["length"]) // proto.dims[0]
-    places |= {"offset": str(int(places["offset"]) + index * size), "length": str(size)}
+    places |= {"offset": str(int(places["offset"]) + start * size), "length": str((stop - start) * size)}
     for key, value in places.items():
         part.external_data.add(key=key, value=value)
     return part
 
 
-def _rows(source: ExportSource, protos: list[Any], folder: Path) -> PackedRows:
-    """The weight that the tensors codes, scales and perhaps zeros hold."""
-    facts = source.facts
-    codes, scales = (_torch_of(proto, folder) for proto in protos[:2])
+def _rows(source: ExportSource, tensors: list[Tensor]) -> PackedRows:
+    """The weight that codes, scales and perhaps zeros mean."""
+    facts, (codes, scales) = source.facts, tensors[:2]
     groups = scales.shape[1]
     zeros = torch.full(scales.shape, 2 ** (facts.bits - 1), dtype=torch.uint8)
-    if len(protos) > 2:
-        zeros = unpacked_zeros(_torch_of(protos[2], folder), groups, facts.bits)
+    if len(tensors) > 2:
+        zeros = unpacked_zeros(tensors[2], groups, facts.bits)
     grid = LinearGrid(scales, zeros, consecutive_groups(groups * facts.group_size, groups))
     return PackedRows(codes.flatten(1), facts.bits, grid)
 
@@ -269,7 +269,7 @@ class _Reading:
         """What a MatMulNBits node says of its weight."""
         node = self.node(name)
         _check_attributes(self.source, node, self.source.shape(name))
-        return _rows(self.source, [self.tensors[part] for part in node.input[1:]], self.folder)
+        return _rows(self.source, [_torch_of(self.tensors[part], self.folder) for part in node.input[1:]])
 
     def experts(self, mlp: str) -> None:
         """AuditError where the node or nodes of a block's experts do not compute them."""
@@ -290,7 +290,12 @@ class _Reading:
         """One expert's weight out of its stack."""
         kinds = ("codes", "scales") if self.source.facts.sym else ("codes", "scales", "zeros")
         stacks = [self.tensors[stack_name(mlp, part, kind)] for kind in kinds]
-        return _rows(self.source, [_expert_part(stack, index) for stack in stacks], self.folder)
+        return _rows(self.source, [_torch_of(_part(stack, index, index + 1), self.folder)[0] for stack in stacks])
+
+    def kept(self, name: str) -> Iterator[Piece]:
+        """Rows of a kept tensor, about 32 MiB at a time."""
+        for start, stop in row_pieces(self.source.reader.info(name)):
+            yield Piece(name, _torch_of(_part(self.tensors[name], start, stop), self.folder), start)
 
 
 def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
@@ -313,7 +318,7 @@ def _read_back(folder: Path, source: ExportSource) -> Iterator[Piece]:
         yield Piece(name, stacked if role == "down" else _every_other(stacked, int(role == "up")))
     passed = left_out(source)
     for name in (name for name in source.kept if name not in passed):
-        yield Piece(name, _torch_of(reading.tensors[name], folder))
+        yield from reading.kept(name)
 
 
 ONNX = Format(
