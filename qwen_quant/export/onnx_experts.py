@@ -6,8 +6,9 @@ The experts of a block stand in stacks of E, with the rows of gate and up interl
     MLP.experts.down.codes      uint8 [E, H, I * bits / 8]     .scales FP32 [E, H, G]     .zeros uint8 [E, H, packed G]
 
 ONNX Runtime's QMoE reads just these, and at 4 bits its products are those of MatMulNBits in FP32.  At 8 bits it rounds
-activations to 8 bits, and zeros of rows with a single group it takes for packed along the rows: there the graph has a
-Loop over the experts that any token of the batch was sent to, which picks one expert's codes and its tokens at a time.
+activations to 8 bits, and on how the zeros of rows with a single group are packed its own paths do not agree: there
+the graph has a Loop over the experts that any token of the batch was sent to, which picks one expert's codes and its
+tokens at a time.
 """
 
 from __future__ import annotations

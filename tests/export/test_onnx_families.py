@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def test_the_parts_of_each_family_are_those_of_its_config(tmp_path: Path) -> Non
         assert parts.experts.normalized == (family == "qwen3_moe")
         assert parts.sparse == ((True, False, True, True) if family == "qwen2_moe" else (False, True, False, True))
         assert takes_qmoe(source.facts, parts.experts, 128)
+        for change in ({"bits": 8}, {"sym": False, "group_size": 64}):  # 64: a single group in the rows of down
+            assert not takes_qmoe(replace(source.facts, **change), parts.experts, 128)
 
 
 def test_linear_attention_is_described_and_the_rest_of_the_file_left_out(tmp_path: Path) -> None:
