@@ -33,7 +33,7 @@ from qwen_quant.export.decoder import (
 from qwen_quant.export.folder import REST_DTYPES, kept_dtype
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target
 from qwen_quant.export.graph_parts import Parts, left_out, read_parts
-from qwen_quant.export.onnx_data import EXPERT, positions, write_data, zero_bytes
+from qwen_quant.export.onnx_data import EXPERT, positions, tensor_protos, write_data, zero_bytes
 from qwen_quant.export.onnx_decoder import build_model, build_nodes
 from qwen_quant.export.onnx_experts import DOWN, GATE_UP, qmoe_attributes, stack_name, takes_qmoe
 from qwen_quant.export.onnx_graph import Graph, onnx
@@ -135,11 +135,11 @@ def _runtime_notes(source: ExportSource, decoder: Decoder, parts: Parts) -> list
 def _write(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> None:
     """Data first, then the graph that speaks of it, then configs."""
     decoder, parts = read_decoder(source), read_parts(source.spec)
-    tensors = write_data(source, options, target, decoder, progress)
+    places = write_data(source, options, target, decoder, progress)
     shapes = {name: source.shape(name) for name in source.linears}
     graph = Graph(decoder, parts, source.facts, shapes, frozenset(source.kept))
     build_nodes(graph)
-    model = build_model(graph, tensors)
+    model = build_model(graph, tensor_protos(places))
     with open(target.folder / MODEL_FILE, "wb") as file:
         file.write(model.SerializeToString())
         file.flush()

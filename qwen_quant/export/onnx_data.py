@@ -1,4 +1,4 @@
-"""model.onnx.data: every tensor of an ONNX graph, written one by one, and the TensorProtos that name places in it.
+"""model.onnx.data: every tensor of an ONNX graph, written one by one, each at a multiple of 64 bytes.
 
 A quantized linear [out, in] with G groups of n consecutive columns at `bits` bits becomes
 
@@ -52,6 +52,20 @@ def positions(decoder: Decoder) -> int:
     return min(decoder.context, ROTATION_POSITIONS)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands in the data file: its dtype, its shape and its first byte."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass
 class _Data:
     """The data file while it is written.
@@ -63,24 +77,16 @@ class _Data:
     behind: Behind
     end: int = 0
     written: int = 0
-    protos: dict[str, Any] = field(default_factory=dict)
-    starts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
 
     def place(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Give a tensor the next place."""
-        library = onnx()
-        start = -(-self.end // _ALIGNMENT) * _ALIGNMENT
-        size = math.prod(shape) * dtype.itemsize
-        self.starts[name], self.end = start, start + size
-        proto = library.TensorProto(name=name, data_type=getattr(library.TensorProto, _KINDS[dtype]), dims=shape)
-        proto.data_location = library.TensorProto.EXTERNAL
-        for key, value in {"location": DATA_FILE, "offset": start, "length": size}.items():
-            proto.external_data.add(key=key, value=str(value))
-        self.protos[name] = proto
+        found = Place(dtype, shape, -(-self.end // _ALIGNMENT) * _ALIGNMENT)
+        self.places[name], self.end = found, found.start + found.nbytes
 
     def write(self, name: str, offset: int, part: Tensor) -> int:
         """Write a part of a tensor that has its place; returns its bytes."""
-        size = write_at(self.handle, self.behind, self.starts[name] + offset, part.contiguous())
+        size = write_at(self.handle, self.behind, self.places[name].start + offset, part.contiguous())
         self.written += size
         return size
 
@@ -92,8 +98,8 @@ class _Data:
         written = 0
         for part in parts:
             written += self.write(name, written, part)
-        if written != self.end - self.starts[name]:
-            raise AuditError(f"'{name}' has {written} bytes", f"planned {self.end - self.starts[name]}")
+        if written != self.places[name].nbytes:
+            raise AuditError(f"'{name}' has {written} bytes", f"planned {self.places[name].nbytes}")
 
 
 def _specs(source: ExportSource, out: int, width: int) -> Specs:
@@ -158,8 +164,8 @@ def _add_rotation(decoder: Decoder, data: _Data) -> None:
 
 def write_data(
     source: ExportSource, options: ExportOptions, target: Target, decoder: Decoder, progress: ProgressFn
-) -> list[Any]:
-    """The data file; continues after the item that `target.state` counts last. Returns its TensorProtos."""
+) -> dict[str, Place]:
+    """The data file; continues after the item that `target.state` counts last. Returns where each tensor is."""
     linears, passed, path = set(source.linears), left_out(source), target.folder / DATA_FILE
     names = [name for name in items(source) if name not in passed]
     done, committed = int(target.state.get("items_done", 0)) if path.is_file() else 0, 0
@@ -184,4 +190,17 @@ def write_data(
         os.fsync(handle)
     finally:
         os.close(handle)
-    return list(data.protos.values())
+    return data.places
+
+
+def tensor_protos(places: dict[str, Place]) -> list[Any]:
+    """The graph's initializers, which name places in the data file."""
+    library, found = onnx(), []
+    for name, place in places.items():
+        kind = getattr(library.TensorProto, _KINDS[place.dtype])
+        proto = library.TensorProto(name=name, data_type=kind, dims=place.shape)
+        proto.data_location = library.TensorProto.EXTERNAL
+        for key, value in {"location": DATA_FILE, "offset": place.start, "length": place.nbytes}.items():
+            proto.external_data.add(key=key, value=str(value))
+        found.append(proto)
+    return found

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from qwen_quant.export import onnx, onnx_data
-from qwen_quant.export.decoder import read_decoder
+from qwen_quant.export.decoder import packed_zeros, read_decoder
 from qwen_quant.export.export import ExportJob, export_artifact
-from qwen_quant.export.formats import ExportOptions
+from qwen_quant.export.formats import ExportOptions, Target
 from qwen_quant.export.graph_parts import left_out, read_parts
 from qwen_quant.export.onnx_experts import takes_qmoe
 from qwen_quant.export.source import ExportSource
@@ -78,6 +78,30 @@ def test_experts_that_are_not_quantized_are_refused(tmp_path: Path) -> None:
     edit(folder, **parts, **{f"{name}__weight": torch.zeros(64, 128, dtype=torch.bfloat16)})
     (reason,) = onnx.ONNX.check(ExportSource(folder))
     assert (reason.what, reason.max_error, reason.linears) == ("experts that are not quantized", None, 1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_stacks_hold_the_codes_of_every_expert(tmp_path: Path, bits: int) -> None:
+    source = ExportSource(artifact(tmp_path, "qwen3_moe", {"num_hidden_layers": 2}, bits=bits, sym=False))
+    (tmp_path / "out").mkdir()
+    decoder, target = read_decoder(source), Target(tmp_path / "out")
+    places = onnx_data.write_data(source, ExportOptions(), target, decoder, no_progress)
+    data, mlp = np.fromfile(tmp_path / "out" / onnx_data.DATA_FILE, np.uint8), "model.layers.1.mlp"
+
+    def stack(name: str) -> np.ndarray[Any, Any]:
+        place = places[f"{mlp}.experts.{name}"]
+        kind = np.float32 if place.dtype == torch.float32 else np.uint8
+        return data[place.start : place.start + place.nbytes].view(kind).reshape(place.shape)
+
+    for expert in (0, EXPERTS - 1):
+        for role, part, rows in (("gate", "gate_up", (0, 2)), ("up", "gate_up", (1, 2)), ("down", "down", (0, 1))):
+            packed = source.packed(f"{mlp}.experts.{expert}.{role}_proj")
+            mine = slice(rows[0], None, rows[1])
+            assert np.array_equal(stack(f"{part}.codes")[expert, mine], packed.stream.numpy())
+            assert np.array_equal(stack(f"{part}.scales")[expert, mine], packed.grid.scales.float().numpy())
+            zeros = packed_zeros(packed.grid.zeros, bits).numpy()
+            assert np.array_equal(stack(f"{part}.zeros")[expert, mine], zeros)
+    assert all(place.start % 64 == 0 for place in places.values())
 
 
 class Session:
