@@ -87,6 +87,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise ValueError("weight_map names something else than files of this folder")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index} cannot be read", str(error), "fetch this file again") from error
         for name in names:
