@@ -252,7 +252,7 @@ def test_a_readme_of_somebody_else_is_never_lost(folder: Path) -> None:
     (folder / "README.md").write_text(theirs)
     with pytest.raises(InputError, match=r"README.md was not written by qwen-quant") as refused:
         write_card(folder, repo_id=None, language="en")
-    assert "--force" in refused.value.next_step
+    assert f"qwen-quant card {folder} --force" in refused.value.next_step  # push has no such option
     assert (folder / "README.md").read_text() == theirs
     assert card_problems(folder) == ["README.md was not written by qwen-quant card"]
     text = text_of(folder, force=True)

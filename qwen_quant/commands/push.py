@@ -152,5 +152,6 @@ def report_parts(result: PushResult) -> tuple[str | Table, ...]:
     lines += [f"signed: {'yes' if result.signed else 'no'}"]
     lines += [f"WARNING: {line}" for line in result.warnings]
     lines += [f"WARNING ({', '.join(f.consumers)}): {f.message} [{f.rule}]" for f in result.findings]
-    rows = tuple((file.name, format_bytes(file.size), file.sha256[:16], file.state) for file in result.files)
+    states = {"sent": "sent" if result.commit else "to send", "there": "there"}
+    rows = tuple((file.name, format_bytes(file.size), file.sha256[:16], states[file.state]) for file in result.files)
     return ("\n".join(lines), Table("files", ("file", "size", "sha256", ""), rows))

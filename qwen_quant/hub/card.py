@@ -245,7 +245,8 @@ def _earlier(path: Path, request: CardRequest) -> tuple[CardState | None, dict[s
         raise InputError(
             f"{path} was not written by qwen-quant",
             "its text would be lost",
-            "rename it, or add --force: its text then goes into the marked place at the end, its metadata is dropped",
+            f"rename it, or run qwen-quant card {path.parent} --force: its text then goes into the marked place at the "
+            "end, its metadata is dropped",
         )
     language = LANGUAGES[1] if request.language == LANGUAGES[1] else LANGUAGES[0]
     body = _FRONT.sub("", text, count=1)
