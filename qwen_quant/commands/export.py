@@ -34,7 +34,10 @@ AllowInexact = Annotated[
     bool, typer.Option("--allow-inexact", help="write a format that has to round, and report the largest error")
 ]
 List = Annotated[
-    bool, typer.Option("--list", help="say which formats hold ARTIFACT exactly, their sizes and who reads them")
+    bool,
+    typer.Option(
+        "--list", help="say which formats hold ARTIFACT exactly, their sizes (with --rest) and who reads them"
+    ),
 ]
 
 
@@ -65,7 +68,11 @@ def export(
     output = Output(json=json, quiet=quiet)
     run = options.override_run(RunConfig(), max_shard_size, resume=resume, force=force or None)
     if list_formats:
-        _show_list(artifact, output)
+        given = {"OUT": out, "--format": format, "--allow-inexact": allow_inexact or None, "--resume": resume}
+        given |= {"--max-shard-size": max_shard_size, "--force": force or None}
+        if (extra := next((name for name, value in given.items() if value is not None), None)) is not None:
+            raise UsageError(f"--list does not go with {extra}", "it writes nothing", f"leave {extra} out")
+        _show_list(artifact, rest, output)
         return
     if out is None or format is None:
         missing = "OUT" if out is None else "--format"
@@ -86,14 +93,14 @@ def export(
     show(Report("export", to_json(result), report_parts(result)), output)
 
 
-def _show_list(artifact: str, output: Output) -> None:
+def _show_list(artifact: str, rest: str | None, output: Output) -> None:
     """--list: one row a format."""
     from qwen_quant.export.export import offers
     from qwen_quant.export.formats import all_formats
     from qwen_quant.export.source import ExportSource
 
     source = ExportSource(options.find_model(artifact, output).path)
-    rows, facts = offers(source, all_formats()), source.facts
+    rows, facts = offers(source, all_formats(), rest), source.facts
     grid = {
         "kind": source.layout.kind,
         "bits": facts.bits,
@@ -121,7 +128,8 @@ def _verdict(row: FormatOffer) -> str:
         return "exactly"
     if not row.possible:
         return "no"
-    return f"within {sum(reason.max_error or 0.0 for reason in row.reasons):.3g}"
+    largest = sum(reason.max_error or 0.0 for reason in row.reasons)
+    return f"within {largest:.3g}" if largest else "weights only"
 
 
 def report_parts(result: ExportResult) -> tuple[str | Table, ...]:

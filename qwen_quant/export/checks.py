@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_quant.export.formats import Inexact
 from qwen_quant.packing import WORD_BITS
@@ -62,6 +62,12 @@ def fp16_scales(source: ExportSource) -> list[Inexact]:
     error = facts.wide_scale_error * _ROUNDED_UP if facts.largest_scale <= 65504 else None
     what, why = f"{str(facts.scale_dtype).removeprefix('torch.')} scales beyond FP16", "the format stores FP16 scales"
     return [Inexact(what, why, "--format compressed-tensors or f32", error, len(facts.wide_scales))]
+
+
+def rotation_kind(config: dict[str, Any]) -> str:
+    """The kind of rotation of positions that a text config asks for: "default", "yarn", "linear", "dynamic", ..."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def zero_zeros(source: ExportSource) -> list[Inexact]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_quant.checkpoint.identity import weights_sha256
 from qwen_quant.checkpoint.manifest import (
     MANIFEST_FILE,
     SEALABLE,
@@ -25,7 +24,7 @@ from qwen_quant.checkpoint.manifest import (
 from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
 from qwen_quant.errors import AuditError, InputError, UsageError
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Target, find_format, require
-from qwen_quant.export.source import ExportSource
+from qwen_quant.export.source import ExportSource, source_sha256
 from qwen_quant.export.verify import Verification, judge, verify
 from qwen_quant.preparation import check_output
 from qwen_quant.progress import ProgressFn
@@ -78,7 +77,7 @@ class ExportResult:
         inexact: why not, where --allow-inexact was needed.
         proof: what reading back found; read_with: by which library.
         dropped: tensors of the source that OUT does not have, with the reason.
-        source_sha256: `checkpoint.identity.weights_sha256` of the source.
+        source_sha256: `checkpoint.identity.weights_sha256` of the source, whose files are what its manifest records.
         source_bytes: of the source's tensors; output_bytes: of all files of OUT but the manifest.
         write_seconds, verify_seconds: of these two stages; seconds: of everything.
         left_behind: files of the source that are not in OUT.
@@ -142,13 +141,18 @@ class _Ready:
     work: WorkFolder
 
 
-def offers(source: ExportSource, formats: tuple[Format, ...]) -> tuple[FormatOffer, ...]:
-    """What every format would make of `source`, with sizes as by default."""
+def offers(source: ExportSource, formats: tuple[Format, ...], rest: str | None = None) -> tuple[FormatOffer, ...]:
+    """What every format would make of `source`, with sizes as by default; `rest` counts where a format takes it."""
     found = []
+    _ = source.facts  # what is wrong with the source itself is no matter of a format
     for row in formats:
-        reasons = row.check(source)
+        try:
+            reasons = row.check(source)
+        except InputError as error:
+            reasons = [Inexact(error.what, error.why, f"another format ({error.next_step})")]
         possible = all(reason.max_error is not None for reason in reasons)
-        size = row.plan(source, ExportOptions()).weight_bytes if possible else None
+        options = ExportOptions(rest if rest in row.rests else None)
+        size = row.plan(source, options).weight_bytes if possible else None
         offer = FormatOffer(row.name, row.summary, row.runtimes, not reasons, possible, tuple(reasons), size, row.extra)
         found.append(offer)
     return tuple(found)
@@ -166,7 +170,8 @@ def refuse_inexact(format_name: str, reasons: list[Inexact], *, allow_inexact: b
     step = f"use {reason.nearest}"
     if never is None:
         largest = sum(reason.max_error or 0.0 for reason in reasons)
-        step += f"; or add --allow-inexact: no weight changes by more than {largest:.3g}"
+        change = f"no weight changes by more than {largest:.3g}" if largest else "the weights stay exact"
+        step += f"; or add --allow-inexact: {change}"
     raise InputError(
         f"--format {format_name} cannot hold this artifact exactly", f"{reason.what}{count}: {reason.why}", step
     )
@@ -181,6 +186,9 @@ def _prepare(job: ExportJob) -> _Ready:
             f"--rest {job.rest} does not go with --format {chosen.name}", f"known: {known}", "leave it out"
         )
     check_output(job.out, force=job.run.force, source=job.artifact)
+    if job.out.resolve().is_relative_to(job.artifact.resolve()):
+        why = "the artifact would not be what its manifest describes any more"
+        raise InputError(f"OUT {job.out} lies inside ARTIFACT", why, "give an OUT beside it")
     source = ExportSource(job.artifact)
     reasons = chosen.check(source)
     refuse_inexact(chosen.name, reasons, allow_inexact=job.allow_inexact)
@@ -227,7 +235,7 @@ def _proved(ready: _Ready, progress: ProgressFn) -> Verification:
     """Read back and compare. After an AuditError the same command writes everything again."""
     try:
         pieces = ready.format.read_back(ready.work.artifact, ready.source)
-        proof = verify(ready.source, pieces, ready.plan, progress)
+        proof = verify(ready.source, pieces, ready.plan, progress, rest=ready.job.rest)
         judge(proof, ready.reasons, ready.job.rest)
     except AuditError:
         ready.work.commit({})
@@ -272,7 +280,7 @@ def export_artifact(job: ExportJob, progress: ProgressFn) -> ExportResult:
     ready = _prepare(job)
     _check_disk(ready)
     with ThreadPoolExecutor(max_workers=1) as hasher:  # hashing reads what writing reads, and needs no lock
-        sha256 = hasher.submit(weights_sha256, job.artifact)
+        sha256 = hasher.submit(source_sha256, job.artifact)
         left = _write(ready, progress)
         written = time.perf_counter()
         proof = _proved(ready, progress)

@@ -42,7 +42,7 @@ from qwen_quant.export.gguf_layout import (
     moves_heads,
     padded,
 )
-from qwen_quant.export.gguf_metadata import ARCHITECTURES, Vocabulary, architecture_facts, read_vocabulary
+from qwen_quant.export.gguf_metadata import ARCHITECTURES, ROTATIONS, Vocabulary, architecture_facts, read_vocabulary
 from qwen_quant.export.gguf_reading import read_back
 from qwen_quant.export.hybrid import full_attention_interval, is_hybrid
 from qwen_quant.export.rows import row_pieces
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from qwen_quant.export.source import ExportSource
 
 FILE = "model.gguf"
-HEAD_BYTES = 16 << 20  # of metadata, vocabulary and tensor table: a bound for planning
+FACTS_BYTES, TENSOR_BYTES = 8 << 10, 128  # bounds for planning: metadata but the vocabulary, a row of the tensor table
 _DENSE_MLP = re.compile(r".*\.mlp\.(gate|up|down)_proj")
 
 
@@ -105,7 +105,14 @@ def _check(source: ExportSource) -> list[Inexact]:
     if moves_heads(spec) and spec.text_config["linear_value_head_dim"] % BLOCK:
         why = f"llama.cpp takes value heads in another order, and blocks of {BLOCK} columns would be cut"
         found.append(Inexact("linear_value_head_dim", why, "--format gptq or awq"))
-    return [*found, *_tokenizer_refusals(source)]
+    return [*found, *_rotation_refusals(source), *_tokenizer_refusals(source)]
+
+
+def _rotation_refusals(source: ExportSource) -> list[Inexact]:
+    """A rotation of positions that llama.cpp does not have for Qwen."""
+    kind = checks.rotation_kind(source.spec.text_config)
+    why = f"llama.cpp has {', '.join(ROTATIONS)} for this family"
+    return [] if kind in ROTATIONS else [Inexact(f"the rotation {kind!r}", why, "--format gptq or awq")]
 
 
 def _tokenizer_refusals(source: ExportSource) -> list[Inexact]:
@@ -136,10 +143,19 @@ def _plan(source: ExportSource, options: ExportOptions) -> ExportPlan:
         notes.append("the file has no tokenizer: it takes token ids only")
     why = "llama.cpp runs the text decoder, and this export leaves multi-token prediction out"
     dropped = {**source.dropped, **{name: why for name in source.kept if is_left_out(spec, name)}}
-    padding = ALIGNMENT * (len(source.linears) + len(kept))
+    heads = (ALIGNMENT + TENSOR_BYTES) * (len(source.linears) + len(kept)) + FACTS_BYTES + _vocabulary_bytes(source)
     limit = options.split_bytes
     files = 1 if limit is None else max(1, -(-weights // limit))
-    return ExportPlan(weights + padding + HEAD_BYTES, files, dropped, tuple(notes))
+    return ExportPlan(weights + heads, files, dropped, tuple(notes))
+
+
+def _vocabulary_bytes(source: ExportSource) -> int:
+    """Of tokens with their types, merges and chat template (a text is its length in 8 bytes, then UTF-8)."""
+    found = _vocabulary(source)
+    if found is None:
+        return 0
+    texts = sum(8 + len(text.encode()) for part in (found.tokens, found.merges) for text in part)
+    return texts + 4 * len(found.tokens) + len(found.chat_template.encode())
 
 
 def _files(source: ExportSource, options: ExportOptions) -> list[_File]:

@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "qwen3_5_moe": "qwen35moe",
     "qwen3_5_moe_text": "qwen35moe",
 }
+ROTATIONS = ("default", "linear", "yarn")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of llama.cpp
 # What splits text before merging, by the regular expression that tokenizer.json holds -> llama.cpp's name for it.
 _QWEN2_SPLIT = (
@@ -125,12 +126,10 @@ def _linear_attention(config: dict[str, Any], source: ExportSource) -> dict[str,
 
 
 def _scaled_rotation(rope: dict[str, Any]) -> dict[str, Any]:
-    """YaRN's keys; nothing for a plain rotation. Errors: InputError for one that llama.cpp does not have for Qwen."""
+    """YaRN's keys; nothing for a plain rotation (others than ROTATIONS were refused before)."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return {}
-    if kind not in ("yarn", "linear"):
-        raise InputError(f"GGUF has no rotation {kind!r} for this family", next_step="use --format gptq")
     found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if "original_max_position_embeddings" in rope:
         found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]

@@ -49,6 +49,7 @@ MODEL_TYPES = {
     **{name: name.removesuffix("_text") for name in ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")},
 }
 _ALL_SPARSE = ("qwen2_moe", "qwen3_5_moe")  # of mlx-lm's models, those that have experts in every block
+_ROTATIONS = ("default", "linear", "yarn", "llama3")  # those that do not change with the length of the text
 _EXPERT = re.compile(r"(?P<mlp>.*\.mlp)\.experts\.(?P<index>\d+)\.(?P<linear>\w+)")
 _ROUNDING = 2.0**-20  # of the largest scale times code: FP32 products of FP32 scales are rounded
 
@@ -122,6 +123,10 @@ def _model_refusals(source: ExportSource, family: str) -> list[Inexact]:
     if is_hybrid(spec) and full_attention_interval(spec) is None:
         why = "mlx-lm has full attention in every n-th block"
         found.append(Inexact("the order of attention kinds", why, near))
+    kind = checks.rotation_kind(spec.text_config)
+    known = (*_ROTATIONS[:2],) if MODEL_TYPES[family] == "qwen2_moe" else _ROTATIONS
+    if kind not in known:
+        found.append(Inexact(f"the rotation {kind!r}", f"mlx-lm's {MODEL_TYPES[family]} has {', '.join(known)}", near))
     if family == "qwen2_moe" and (spec.tied_head or spec.config.get("norm_topk_prob")):
         why = "mlx-lm's qwen2_moe has a head of its own and takes routing weights as they are"
         found.append(Inexact("a tied head or norm_topk_prob", why, near))
@@ -218,6 +223,8 @@ def _write_config(source: ExportSource, folder: Path, options: ExportOptions) ->
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             text.setdefault(key, rope[key])
+    if checks.rotation_kind(text) != "default" and not text.get("rope_scaling"):  # where most models of mlx-lm look
+        text["rope_scaling"] = {**rope, "type": checks.rotation_kind(text)}
     if is_hybrid(spec):
         text["full_attention_interval"] = full_attention_interval(spec)
     if spec.expert_count:  # what transformers takes where these are not said

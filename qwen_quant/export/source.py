@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from qwen_quant.checkpoint.families import read_model_spec
-from qwen_quant.checkpoint.reader import CheckpointReader
+from qwen_quant.checkpoint.identity import CONFIG_FILE, weights_sha256_of
+from qwen_quant.checkpoint.manifest import MANIFEST_FILE, carried_hashes, read_manifest
+from qwen_quant.checkpoint.reader import CheckpointReader, file_sha256
 from qwen_quant.errors import InputError
 from qwen_quant.export.awq import AwqLayout
 from qwen_quant.export.compressed_tensors import CompressedLayout
@@ -29,6 +31,7 @@ from qwen_quant.gptq import QuantizedWeight
 from qwen_quant.models.skeleton import expected_tensors, meta_model
 from qwen_quant.runtime.loading import quantization_settings
 
+READ_FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
 _RECOMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias_mask")
 
 
@@ -99,6 +102,7 @@ class ExportSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        _refuse_other_exports(folder)
         self.spec = read_model_spec(folder)
         self.reader = CheckpointReader(folder)
         self.settings: dict[str, Any] = quantization_settings(folder, self.spec.config) or {}
@@ -217,6 +221,32 @@ class ExportSource:
                     "check that config.json belongs to these weights",
                 )
         return dropped
+
+
+def _refuse_other_exports(folder: Path) -> None:
+    """Say of an export to a format that is only written here what it is (InputError)."""
+    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else {}
+    name = manifest.get("format") if manifest.get("method") == "export" else None
+    if name is not None and name not in READ_FORMATS:
+        origin = manifest.get("source", {}).get("id", "")
+        step = f"give the artifact that it was made from{f' ({origin})' if origin else ''}"
+        raise InputError(f"{folder} is an export to {name}", f"read are {', '.join(READ_FORMATS)}", step)
+
+
+def source_sha256(folder: Path) -> str:
+    """`weights_sha256` of a source; files that its manifest names have to be what the manifest records.
+
+    Errors: InputError naming those that changed since: an export of them would pass for one of the artifact.
+    """
+    names = [path.name for path in folder.glob("*.safetensors")] + [CONFIG_FILE]
+    recorded = carried_hashes(read_manifest(folder)) if (folder / MANIFEST_FILE).is_file() else {}
+    names += [name for name in recorded if name not in names and (folder / name).is_file()]
+    hashes = {name: file_sha256(folder / name) for name in names}
+    changed = sorted(name for name in hashes if recorded.get(name, hashes[name]) != hashes[name])
+    if changed:
+        step = f"restore it (qwen-quant verify {folder} names everything that changed), or quantize again"
+        raise InputError(f"{folder} is not what its {MANIFEST_FILE} describes", f"{changed[0]} has changed", step)
+    return weights_sha256_of(hashes)
 
 
 def find_layout(reader: CheckpointReader, settings: dict[str, Any]) -> Layout:

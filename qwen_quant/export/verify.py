@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from qwen_quant.errors import AuditError
+from qwen_quant.export.folder import REST_DTYPES
 from qwen_quant.export.formats import ExportPlan, Inexact, Piece
 from qwen_quant.export.pivot import PackedRows, row_slices
 from qwen_quant.export.source import ExportSource
 from qwen_quant.progress import ProgressFn
+
+_Q8_BLOCK, _Q8_STEP = 32, 0.5 + 127 * 2.0**-11
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Verification:
 class _Tally:
     """What has been seen of each tensor: next row expected, largest difference."""
 
-    def __init__(self, source: ExportSource) -> None:
-        self.source = source
+    def __init__(self, source: ExportSource, rest: str | None) -> None:
+        self.source, self.rest = source, rest
         self.linears = set(source.linears)
         self.kept = set(source.kept)
         self.rows: dict[str, int] = {}
@@ -83,7 +86,10 @@ class _Tally:
                 total = max(total, largest_difference(piece.values[part], expected))
             return total, rows
         kept = self.source.kept_rows(piece.name, piece.first_row, stop)
-        return largest_difference(piece.values, kept if piece.meaning is None else piece.meaning(kept)), rows
+        difference = largest_difference(piece.values, kept if piece.meaning is None else piece.meaning(kept))
+        if difference and self.rest is not None and not (piece.meaning is None and rounded_to(self.rest, piece, kept)):
+            raise AuditError(f"'{piece.name}' reads back with values that --rest {self.rest} does not explain")
+        return difference, rows
 
     def incomplete(self, dropped: set[str]) -> str:
         """The first tensor that did not come back whole, "" when all did."""
@@ -108,6 +114,25 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
     return float(torch.where(same, 0.0, difference).nan_to_num(nan=math.inf).max())
 
 
+def rounded_to(rest: str, piece: Piece, kept: Tensor) -> bool:
+    """Whether every value of `piece` is the one of `kept`, or what --rest makes of it.
+
+    Q8_0 is q * d with d = FP16(amax / 127) over 32 values: half a step, and what FP16 takes off d 127 times.
+    """
+    values = piece.values
+    assert isinstance(values, Tensor)
+    if values.shape != kept.shape:
+        return False
+    dtype = REST_DTYPES.get(rest, torch.bfloat16)  # which q8_0 falls back to where blocks do not fit
+    wide, exact = values.double(), kept.double()
+    right = (wide == exact) | (wide == kept.to(dtype).to(values.dtype).double()) | (wide.isnan() & exact.isnan())
+    if rest == "q8_0" and kept.dim() > 1 and kept.shape[-1] % _Q8_BLOCK == 0:
+        blocks = exact.unflatten(-1, (-1, _Q8_BLOCK))
+        allowed = (blocks.abs().amax(-1, keepdim=True) * (_Q8_STEP / 127)).expand_as(blocks).flatten(-2)
+        right |= (wide - exact).abs() <= allowed + exact.abs() * 2.0**-8  # it is read back in the dtype of the source
+    return bool(right.all())
+
+
 def _packed_difference(source: ExportSource, name: str, found: PackedRows) -> float:
     """Largest difference of the dequantized weights of two packed linears."""
     expected = source.packed(name)
@@ -124,9 +149,15 @@ def _packed_difference(source: ExportSource, name: str, found: PackedRows) -> fl
     return largest_difference(found.unpacked().dequantized(), expected.unpacked().dequantized())
 
 
-def verify(source: ExportSource, pieces: Iterator[Piece], plan: ExportPlan, progress: ProgressFn) -> Verification:
-    """Compare all pieces with the source. Errors: AuditError when something is unknown, misplaced or missing."""
-    tally, total = _Tally(source), len(source.linears) + len(source.kept) - len(plan.dropped.keys() & set(source.kept))
+def verify(
+    source: ExportSource, pieces: Iterator[Piece], plan: ExportPlan, progress: ProgressFn, *, rest: str | None = None
+) -> Verification:
+    """Compare all pieces with the source.
+
+    Errors: AuditError when something is unknown, misplaced or missing, or a kept value is none that `rest` gives.
+    """
+    tally = _Tally(source, rest)
+    total = len(source.linears) + len(source.kept) - len(plan.dropped.keys() & set(source.kept))
     for piece in pieces:
         progress("reading back", len(tally.rows), total)
         tally.add(piece)
