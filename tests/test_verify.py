@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen_quant import cli
+from qwen_quant.checkpoint.manifest import write_manifest
 from qwen_quant.errors import InputError
 from qwen_quant.signing import stale_names
 from qwen_quant.verify import check_verified, verify_folder
@@ -123,6 +124,24 @@ def test_a_repository_through_the_cache(artifact: Path, tmp_path: Path) -> None:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
             assert done.returncode == code, done.stderr
             assert word in done.stdout and ("notes.md" in done.stdout) == bool(code)
+
+
+def test_a_repository_whose_format_has_a_bin(tmp_path: Path) -> None:
+    """OpenVINO's weights look like a pickle by their name; those that the manifest names are fetched and checked."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "openvino_model.xml").write_text("<net/>")
+    (folder / "openvino_model.bin").write_bytes(b"numbers")
+    write_manifest(folder, {"schema": "qwen-quant/1", "method": "export", "format": "openvino", "source": {"id": "x"}})
+    with serve_hub(tmp_path / "hub", mode="lfs") as hub:
+        hub.add_repo("loop/ov", {path.name: path for path in folder.iterdir()})
+        hub.add_repo("loop/odd", {**{path.name: path for path in folder.iterdir()}, "other.bin": b"x"})
+        for repo, code, word in (("loop/ov", 0, "everything"), ("loop/odd", 3, "other.bin")):
+            environment = {**hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+            command = [sys.executable, "-m", "qwen_quant", "verify", repo]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+            assert done.returncode == code, done.stderr
+            assert word in done.stdout and "openvino_model.bin" not in done.stdout
 
 
 def test_without_the_extra_the_error_names_it(artifact: Path, tmp_path: Path, monkeypatch, capsys) -> None:

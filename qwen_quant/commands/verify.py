@@ -61,9 +61,13 @@ def verify(artifact: Artifact, key: PublicKey = None, json: options.Json = False
 def _fetch(repo: str, progress: ProgressFn) -> tuple[Path, dict[str, str]]:
     """(folder in the hub's cache with every file of a repository, those that are never fetched and why)."""
     from qwen_quant.hub.download import DownloadJob, download_repo, parse_repo
+    from qwen_quant.hub.reencoded import own_data_files
 
     name, revision = parse_repo(repo)
     done = download_repo(DownloadJob(name, revision, include=("*",)), progress)
+    data = tuple(sorted(set(own_data_files(done.path)) & set(done.left_out)))
+    if data:
+        done = download_repo(DownloadJob(name, done.commit, include=("*",), data_files=data), progress)
     return done.path, done.left_out
 
 

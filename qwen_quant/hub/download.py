@@ -71,6 +71,7 @@ class DownloadJob:
         exclude: shell patterns of files to leave out.
         force: replace other content in `local_dir`.
         recheck: read and hash files again that were found right before.
+        data_files: names that look like pickles and are known to be plain data (see `plan_files.select`).
     """
 
     repo: str
@@ -81,6 +82,7 @@ class DownloadJob:
     exclude: tuple[str, ...] = ()
     force: bool = False
     recheck: bool = False
+    data_files: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -157,7 +159,7 @@ def download_repo(job: DownloadJob, progress: ProgressFn = no_progress) -> Downl
         is_offline = listing is None
         if listing is None:
             listing = offline.listing(job.repo, job.revision, _folder(job))
-        chosen = select(listing, job.include, job.exclude)
+        chosen = select(listing, job.include, job.exclude, job.data_files)
         store = _store(job, listing)
         with locked(store):
             verified = Verified(store)

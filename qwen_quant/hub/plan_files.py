@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -101,8 +101,10 @@ class Selection:
         return sum(file.size for file in self.files)
 
 
-def select(listing: Listing, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> Selection:
-    """The files of `listing` to fetch.
+def select(
+    listing: Listing, include: tuple[str, ...] = (), exclude: tuple[str, ...] = (), data_files: Collection[str] = ()
+) -> Selection:
+    """The files of `listing` to fetch; `data_files` are names of pickles that are known to be none.
 
     Errors: InputError for a name that leads out of the folder or clashes with another, for ids that are none (they
     become file names), for a repository that has its weights as pickles only or has none, and for patterns that leave
@@ -110,7 +112,7 @@ def select(listing: Listing, include: tuple[str, ...] = (), exclude: tuple[str, 
     """
     check_paths(file.path for file in listing.files)
     check_ids(listing)
-    reasons = {file.path: _reason(file.path, include, exclude) for file in listing.files}
+    reasons = {file.path: _reason(file.path, include, exclude, data_files) for file in listing.files}
     chosen = tuple(file for file in listing.files if not reasons[file.path])
     if not chosen:
         raise _nothing(listing, include, exclude)
@@ -122,12 +124,12 @@ def select(listing: Listing, include: tuple[str, ...] = (), exclude: tuple[str, 
     return Selection(chosen, {path: reason for path, reason in reasons.items() if reason})
 
 
-def _reason(path: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> str:
+def _reason(path: str, include: tuple[str, ...], exclude: tuple[str, ...], data_files: Collection[str]) -> str:
     """Why a file is left out; empty for one to fetch."""
     lower = path.lower()
     if _any(lower, _CODE_PATTERNS):
         return _CODE
-    if _any(lower, PICKLE_PATTERNS):
+    if _any(lower, PICKLE_PATTERNS) and path not in data_files:
         return _PICKLE
     if lower.split("/")[0] == STATE_FOLDER:
         return _RESERVED
@@ -147,8 +149,10 @@ def _nothing(listing: Listing, include: tuple[str, ...], exclude: tuple[str, ...
     """Nothing is left to fetch: by the patterns, or in the repository."""
     patterns = " ".join([*(f"--include {p}" for p in include), *(f"--exclude {p}" for p in exclude)])
     if patterns and not (_any_pickle(listing) and not include):
-        step = "its files: " + (", ".join(file.path for file in listing.files[:12]) or "none")
-        return InputError(f"'{listing.name}' has no file to fetch", f"{patterns} leaves none", step)
+        possible = [file.path for file in listing.files if not _reason(file.path, (file.path,), (), ())]
+        step = "its files: " + (", ".join(possible[:12]) or "none")
+        never = " (code and pickles are never fetched)" if len(possible) < len(listing.files) else ""
+        return InputError(f"'{listing.name}' has no file to fetch", f"{patterns} leaves none{never}", step)
     return _without_weights(listing)
 
 

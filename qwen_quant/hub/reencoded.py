@@ -7,7 +7,7 @@ for it that measured these weights, or those that they were re-encoded from, how
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from qwen_quant.checkpoint.families import read_config
@@ -95,6 +95,16 @@ class Reencoded:
     def base_sha256(self) -> str:
         """`weights_sha256` of it ("" where it is not known)."""
         return weights_sha256_of(self.origin.source_sha256) if self.origin else ""
+
+
+def own_data_files(folder: Path) -> tuple[str, ...]:
+    """Files that the manifest names and that are its format's own: OpenVINO's .bin holds numbers and is no pickle."""
+    manifest = read_manifest(folder)
+    row = HUB_FORMATS.get(str(manifest.get("format"))) if manifest.get("method") == EXPORT else None
+    patterns = row.own if row is not None else ()
+    return tuple(
+        name for name in manifest["output"]["sha256"] if any(PurePath(name).match(pattern) for pattern in patterns)
+    )
 
 
 def is_reencoded(manifest: dict[str, Any]) -> bool:
