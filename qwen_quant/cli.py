@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 usage, 3 bad input, 4 a gate failed, 5 network or hub, 130
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -64,6 +65,18 @@ COMMANDS = (
 DEBUG_VARIABLE = "QWEN_QUANT_DEBUG"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_PLACE = "give another place"
+REFUSALS = {  # what a file system or its limits refuse, and what helps
+    errno.EFBIG: "give a smaller --max-shard-size, or another file system",
+    errno.EMFILE: "raise the limit (ulimit -n 4096), or give a larger --max-shard-size",
+    errno.ENFILE: "close other programs, or give a larger --max-shard-size",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOTDIR: _PLACE,
+    errno.EISDIR: _PLACE,
+    errno.ELOOP: _PLACE,
+    errno.EIO: "check the disk, or " + _PLACE,
+    errno.ESTALE: _PLACE,
+}
 
 
 def _version(value: bool) -> None:
@@ -112,6 +125,7 @@ def run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     command = typer.main.get_command(build_app())
     try:
+        _check_names(arguments)
         with command.make_context("qwen-quant", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as leave:
@@ -127,6 +141,15 @@ def run(arguments: list[str]) -> int:
         show_error(known, as_json=as_json)
         return known.exit_code
     return 0
+
+
+def _check_names(arguments: list[str]) -> None:
+    """Names are UTF-8 (InputError otherwise): JSON holds nothing else, and a run would end at its manifest."""
+    with contextlib.suppress(FileNotFoundError):
+        arguments = [*arguments, os.getcwd()]
+    for text in arguments:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(f"{ascii(text)} is not valid UTF-8", "manifests and reports cannot name it", "rename it")
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
@@ -161,6 +184,8 @@ def as_known_error(error: BaseException) -> QwenQuantError:
         return InputError(
             f"cannot use {error.filename}", str(error.strerror), "check its permissions, or use another place"
         )
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return InputError(f"cannot use {error.filename or 'a file'}", str(error.strerror), REFUSALS[error.errno])
     return _bug(error)
 
 

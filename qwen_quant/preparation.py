@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen_quant.calibration import CalibrationSet, load_calibration
 from qwen_quant.checkpoint.audit import Accounting, account
 from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
-from qwen_quant.checkpoint.manifest import QUANTIZE_CONFIG_FILE
+from qwen_quant.checkpoint.manifest import MANIFEST_FILE, QUANTIZE_CONFIG_FILE
 from qwen_quant.checkpoint.reader import CheckpointReader, natural_order
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, plan_shards
 from qwen_quant.errors import InputError
@@ -71,7 +71,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_output(out: Path, *, force: bool, source: Path | None = None) -> None:
-    """OUT may be built: absent or to be replaced, not around `source`, its parent writable (else InputError)."""
+    """OUT may be built: absent or to be replaced, not around `source`, its parent writable (else InputError).
+
+    What --force replaces is a model folder or an empty one; nobody's other files go with a mistyped OUT.
+    """
+    if out.is_symlink():
+        step = f"give {out.resolve()} itself as OUT"
+        raise InputError(f"{out} is a link", "the link would be replaced, not what it names", step)
     if source is not None and source.resolve().is_relative_to(out.resolve()):
         raise InputError(f"OUT {out} holds MODEL", "replacing it would delete the source", "give another OUT")
     if out.exists() and not force:
@@ -79,6 +85,10 @@ def check_output(out: Path, *, force: bool, source: Path | None = None) -> None:
             f"{out} exists",
             "nothing is overwritten",
             "give another OUT, or add --force to replace it when the new one is complete",
+        )
+    if out.exists() and not _is_model_folder(out):
+        raise InputError(
+            f"{out} is no model folder", "--force replaces nothing else", "move it away, or give another OUT"
         )
     parent = out.absolute().parent
     if not parent.is_dir():
@@ -88,6 +98,12 @@ def check_output(out: Path, *, force: bool, source: Path | None = None) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"{parent} is not writable", reason, "give an OUT in a folder you may write to") from error
+
+
+def _is_model_folder(out: Path) -> bool:
+    """Whether it is a folder with a checkpoint, an artifact or an export in it, or an empty one."""
+    known = ("config.json", MANIFEST_FILE)
+    return out.is_dir() and (any((out / name).is_file() for name in known) or not any(out.iterdir()))
 
 
 def plan_tensors(reader: CheckpointReader, accounting: Accounting, config: GPTQConfig) -> list[PlannedTensor]:

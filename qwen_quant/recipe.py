@@ -261,12 +261,12 @@ def parse_size(text: str) -> int:
     number = clean.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ ")
     unit = clean[len(number) :].strip()
     try:
-        value = float(number) * units[unit]
-    except (ValueError, KeyError):
+        value = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
         raise UsageError(f"'{text}' is not a size", next_step="write it as 2GB, 500MB or 1.5GiB") from None
     if value < 1:
         raise UsageError(f"'{text}' is less than one byte", next_step="write it as 2GB, 500MB or 1.5GiB")
-    return int(value)
+    return value
 
 
 def _fits(value: Any, key: dataclasses.Field[Any]) -> bool:

@@ -239,6 +239,21 @@ def test_weights_are_cast_to_what_config_json_says(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "a" / "model.safetensors") == file_sha256(tmp_path / "b" / "model.safetensors")
 
 
+def test_files_whose_names_no_json_can_hold_stay_behind(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "in")
+    for name in ("extra\udcff.dat", "extra\udcff.txt"):
+        (model / name).write_text("x")
+    assert convert(model, tmp_path / "out").left_behind == ("'extra\\udcff.dat'", "'extra\\udcff.txt'")
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": -128}, {"dtype": ["bfloat16"]}])
+def test_a_config_that_no_model_can_have(changes: dict[str, object], tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "in")
+    change_config(model, **changes)
+    with pytest.raises(InputError, match=r"config\.json does not describe a model"):
+        convert(model, tmp_path / "out")
+
+
 def test_dtype_is_written_where_config_json_says_none(tmp_path: Path) -> None:
     """A loader would otherwise take it from the first tensor, which may be FP32 absmax."""
     model = make_checkpoint(tmp_path / "in", dtype=torch.float16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -122,6 +123,7 @@ def test_version(tmp_path: Path) -> None:
         (("gptq", "a", "b", "--bits", "four"), "'--bits'"),
         (("gptq", "a", "b", "--scales", "best"), "'--scales'"),
         (("gptq", "a", "b", "--max-shard-size", "2 apples"), "'2 apples' is not a size"),
+        (("bnb", "a", "b", "--max-shard-size", "1e400"), "'1e400' is not a size"),
         (("gptq",), "OUT is missing"),
         (("gptq", "model"), "OUT is missing"),
         (("plan",), "MODEL is missing"),
@@ -247,6 +249,21 @@ def test_an_existing_out_is_refused_before_any_work(call: Call, tmp_path: Path, 
     message = failure(call("gptq", str(qwen2_folder), "out"), 3)
     assert "out exists" in message and "--force" in message
     assert (tmp_path / "out" / "keep.txt").read_text() == "mine"
+
+
+def test_names_that_no_json_can_hold_are_refused(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work: a run over such a folder would end at its manifest."""
+    assert "'model\\udcff' is not valid UTF-8" in failure(call("gptq", "model\udcff", "out"), 3)
+    odd = tmp_path / "here\udcff"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    assert "is not valid UTF-8" in failure(call("gptq", "model", "out"), 3)
+
+
+@pytest.mark.parametrize(("number", "word"), [(errno.EFBIG, "--max-shard-size"), (errno.EMFILE, "ulimit")])
+def test_what_a_file_system_refuses_is_no_bug_of_ours(number: int, word: str) -> None:
+    error = cli.as_known_error(OSError(number, os.strerror(number)))
+    assert error.exit_code == 3 and word in error.next_step
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path, qwen2_folder: Path) -> None:

@@ -314,6 +314,7 @@ def test_force_replaces_only_when_complete(tiny7b: Path, tmp_path: Path, monkeyp
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("old")
+    (out / "config.json").write_text("{}")
     with pytest.raises(InputError, match="exists"):
         run(tiny7b, out)
     with pytest.raises(InputError, match="holds MODEL"):

@@ -241,7 +241,14 @@ def test_existing_output(model: Path, tmp_path: Path) -> None:
     (out / "precious").write_text("x")
     with pytest.raises(InputError, match="exists"):
         quantize(model, out)
+    with pytest.raises(InputError, match="out is no model folder"):
+        quantize(model, out, force=True)
+    (tmp_path / "link").symlink_to(out)
+    for force in (False, True):
+        with pytest.raises(InputError, match="link is a link"):
+            quantize(model, tmp_path / "link", force=force)
     assert (out / "precious").read_text() == "x"
+    (out / "qwen-quant.json").write_text("{}")
     quantize(model, out, force=True)
     assert not (out / "precious").exists() and (out / "config.json").exists()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

@@ -106,6 +106,9 @@ def copy_companions(source: Path, folder: Path) -> tuple[list[str], list[str]]:
     for path in sorted(source.iterdir()):
         if not path.is_file() or path.name.endswith((".safetensors", INDEX_FILE)) or path.name == "config.json":
             continue
+        if not _writable_name(path.name):
+            left.append(ascii(path.name))
+            continue
         if path.name in _REPLACED or path.name.startswith(".") or any(path.match(pattern) for pattern in _NOT_CARRIED):
             left.append(path.name)
             continue
@@ -114,9 +117,15 @@ def copy_companions(source: Path, folder: Path) -> tuple[list[str], list[str]]:
     return copied, left
 
 
+def _writable_name(name: str) -> bool:
+    """Whether JSON can hold a file's name: others (no UTF-8) stay behind."""
+    return name.encode("utf-8", "ignore").decode() == name
+
+
 def source_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file of the source that decides the output (weights, configs, tokenizer)."""
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    names = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and _writable_name(p.name)]
+    files = [p for p in names if p.is_file()]
     return {
         p.name: file_sha256(p)
         for p in files

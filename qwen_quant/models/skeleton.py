@@ -28,6 +28,8 @@ from qwen_quant.models.hyper import RowFetch, ShardedLookup, add_halves, separat
 from qwen_quant.models.qwen1_config import say_auto_map_is_ignored
 
 Fetch = Callable[[str], Tensor]
+# What transformers and torch raise for sizes and types that no model can have.
+_NO_MODEL = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 TOKEN_IDS = "ple_input_ids"  # a block's argument, in transformers' words
 
 
@@ -117,7 +119,7 @@ def meta_model(spec: ModelSpec) -> PreTrainedModel:
         auto = AutoModelForImageTextToText if spec.family.has_vision else AutoModelForCausalLM
         with torch.device("meta"):
             model = auto.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except _NO_MODEL as error:
         raise InputError(
             "config.json does not describe a model that transformers can build", str(error), "fetch config.json again"
         ) from error
