@@ -23,8 +23,9 @@ from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedModel
 
 from qwen_quant.data import bundled_path
-from qwen_quant.kv_cache import STORED, cache_nbytes, make_cache
+from qwen_quant.kv_cache import STORED, make_cache
 from qwen_quant.process import tune_process
+from qwen_quant.profiling.cache_size import cache_size
 from qwen_quant.runtime.decode import decoding_cache, filled_storage
 from qwen_quant.runtime.loading import load_model
 from qwen_quant.runtime.native_step import NativeStep
@@ -93,7 +94,7 @@ def decoding(folder: Path, cached: int, steps: int, dtype: torch.dtype) -> dict[
             model(token, past_key_values=cache, use_cache=True)
             if step >= 2:
                 seconds[kind].append(time.perf_counter() - start)
-    return rows(seconds, {kind: cache_nbytes(cache) for kind, cache in caches.items()})
+    return rows(seconds, {kind: cache_size(cache).nbytes for kind, cache in caches.items()})
 
 
 @torch.inference_mode()
@@ -108,7 +109,7 @@ def native_decoding(folder: Path, cached: int, steps: int) -> dict[str, dict[str
             shape = (1, model.config.num_key_value_heads, cached - steps - 2, attention.head_dim)
             states = torch.randn(shape, generator=torch.Generator().manual_seed(layer))
             cache.update(states, states, layer)
-        native[kind], nbytes[kind] = NativeStep(model, filled_storage(cache)), cache_nbytes(cache)
+        native[kind], nbytes[kind] = NativeStep(model, filled_storage(cache)), cache_size(cache).nbytes
     seconds: dict[str, list[float]] = {kind: [] for kind in native}
     for step in range(steps + 2):
         for kind, run in native.items():

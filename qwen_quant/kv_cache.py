@@ -20,104 +20,52 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from qwen_quant.errors import InputError
+from qwen_quant.kv_schemes import (
+    SCHEMES,
+    STORED,
+    Parts,
+    Scheme,
+    dequantize_cache_torch,
+    dequantize_per_token,
+    quantize_cache_v,
+    quantize_per_token,
+)
 
+__all__ = [
+    "PLAIN",
+    "STORED",
+    "Int8Cache",
+    "Int8Layer",
+    "attention_layers",
+    "dequantize_cache_torch",
+    "dequantize_per_token",
+    "held_states",
+    "make_cache",
+    "quantize_cache_v",
+    "quantize_per_token",
+]
 logger = logging.getLogger(__name__)
 
 GROWTH_TOKENS = 256
 DEFAULT_SCHEME = "int8"
 PLAIN = "bf16"  # what the command line calls the cache in the model's own dtype
-STORED = "bf16-stored"  # a cache in BF16 for a model that computes in FP32
-_LARGEST_CODE = 127
-_QWEN_LARGEST_CODE = 255
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-Parts = tuple[Tensor, ...]
 LayerPast = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One way to quantize a chunk.
-
-    Attributes:
-        quantize: [rows, heads, tokens, channels] -> (codes of that shape, then what dequantizes them, if anything,
-            each [rows, heads, tokens, 1]).
-        dequantize: those parts and the dtype wanted -> [rows, heads, tokens, channels].
-    """
-
-    name: str
-    quantize: Callable[[Tensor], Parts]
-    dequantize: Callable[[Parts, torch.dtype], Tensor]
-
-
-def quantize_per_token(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Scheme "int8": int8 codes shaped as `states` and scales [..., 1] in its dtype.
-
-    A token of zeros gets scale 0 and codes 0. The scale is the quotient rounded up to the dtype: no code is cut.
-    """
-    largest = states.abs().amax(-1, keepdim=True).float()
-    scale = (largest / _LARGEST_CODE).to(states.dtype)
-    # A scale rounded down would push the largest value beyond the last code: take the next number up.
-    short = scale.float() * _LARGEST_CODE < largest
-    scale = torch.where(short, _next_up(scale), scale)
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
-    codes = (states.float() / divisor).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8)
-    return codes, scale
-
-
-def dequantize_per_token(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `quantize_per_token`: scale * code, contiguous, in `dtype`."""
-    return codes.to(dtype, memory_format=torch.contiguous_format).mul_(scale)
-
-
-def quantize_cache_v(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scheme "qwen" on one chunk: uint8 codes shaped as `states` [rows, heads, tokens, channels], scale and zero.
-
-    Scale and zero are [rows, heads, tokens, 1] in the dtype of `states`, equal for all tokens of the chunk, and every
-    step is taken in that dtype, as in the original code (the name is its documentation's).
-    """
-    tokens = states.shape[2]
-    flat = states.flatten(2)
-    largest, smallest = flat.amax(-1, keepdim=True), flat.amin(-1, keepdim=True)
-    scale = (largest - smallest) / _QWEN_LARGEST_CODE
-    zero = 0 - smallest / scale
-    # M = m (or a range too small for the dtype): with scale 1 the code is 0 and the value m comes back.
-    broken = (scale == 0) | ~torch.isfinite(zero)
-    scale = torch.where(broken, torch.ones_like(scale), scale)
-    zero = torch.where(broken, -smallest, zero)
-    scale, zero = (part.unsqueeze(-1).repeat(1, 1, tokens, 1) for part in (scale, zero))
-    codes = (states / scale + zero).clamp(0, _QWEN_LARGEST_CODE).to(torch.uint8)
-    return codes, scale, zero
-
-
-def dequantize_cache_torch(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The inverse of `quantize_cache_v`: scale * (code - zero), in the dtype of scale."""
-    return scale * (codes - zero)
-
-
-def _next_up(values: Tensor) -> Tensor:
-    """The next larger number of the tensor's dtype (torch.nextafter knows no F16)."""
-    bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
-    return (bits + 1).view(values.dtype)
-
-
-SCHEMES = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("int8", quantize_per_token, lambda parts, dtype: dequantize_per_token(parts[0], parts[1], dtype)),
-        Scheme(STORED, lambda states: (states.to(torch.bfloat16),), lambda parts, dtype: parts[0].to(dtype)),
-        Scheme("qwen", quantize_cache_v, lambda parts, dtype: dequantize_cache_torch(*parts).to(dtype)),
-    )
-}
 
 
 def held_states(states: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -283,6 +231,75 @@ class Int8Layer(CacheLayerMixin):
             store.change(function)
 
 
+class Int8IndexedLayer(Int8Layer):
+    """An Int8Layer with what the indexer of sparse attention (qwen4_exp) keeps beside keys and values.
+
+    Its keys, of one narrow head, decide which tokens attention sees: they stay as they are, in transformers' own layer,
+    of which only this part is used.
+    """
+
+    def __init__(self, scheme: str = DEFAULT_SCHEME) -> None:
+        super().__init__(scheme)
+        self.indexer = DynamicIndexedLayer()
+
+    @property
+    def indexer_keys(self) -> Tensor | None:
+        """[rows, tokens, channels] in the model's dtype; None before the first."""
+        keys: Tensor | None = self.indexer.indexer_keys
+        return keys
+
+    @property
+    def indexer_position_ids(self) -> Tensor | None:
+        """Positions of all tokens, which the model keeps in its first such layer."""
+        positions: Tensor | None = self.indexer.indexer_position_ids
+        return positions
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: Tensor | None) -> None:
+        self.indexer.indexer_position_ids = positions
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Add keys [rows, tokens, channels] of the indexer; returns all of them."""
+        keys: Tensor = self.indexer.update_indexer(indexer_key_states)
+        return keys
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        super().offload()
+        self.indexer.offload()
+
+    def prefetch(self) -> None:
+        """Move everything back to the layer's device."""
+        super().prefetch()
+        self.indexer.device = self.device
+        self.indexer.prefetch()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.indexer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last -`tokens_to_remove` tokens."""
+        super().crop(tokens_to_remove)
+        self.indexer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes row `beam_idx`[i] (int64 [rows])."""
+        super().reorder_cache(beam_idx)
+        self.indexer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self.indexer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (integers or a boolean mask)."""
+        super().batch_select_indices(indices)
+        self.indexer.batch_select_indices(indices)
+
+
 class Int8Cache(Cache):
     """A model's cache with Int8 keys and values: give it as `past_key_values` to a model or to `generate`.
 
@@ -334,6 +351,8 @@ class Int8Cache(Cache):
 
 def _int8_layer(plain: Any, scheme: str) -> Any:
     """What stands for transformers' cache layer `plain` (InputError for one that is neither attention nor linear)."""
+    if type(plain) is DynamicIndexedLayer:
+        return Int8IndexedLayer(scheme)
     if type(plain) in (DynamicLayer, DynamicSlidingWindowLayer):
         return Int8Layer(scheme)
     if type(plain) is LinearAttentionLayer:
@@ -351,27 +370,3 @@ def make_cache(config: PreTrainedConfig, kind: str) -> Cache:
     if kind not in SCHEMES:
         raise InputError(f"unknown cache {kind!r}", "", f"choose one of {', '.join((PLAIN, *SCHEMES))}")
     return Int8Cache(config, kind)
-
-
-def cache_nbytes(cache: Cache) -> int:
-    """Bytes that a cache of any kind holds allocated, states of linear-attention layers included."""
-    return sum(_layer_nbytes(layer) for layer in cache.layers)
-
-
-def cache_capacity(cache: Cache) -> int:
-    """Tokens a row that a cache has room for now, spare ones included."""
-    held = [part.shape[2] for layer in cache.layers if isinstance(layer, Int8Layer) for part in layer.stores[0].parts]
-    plain = [
-        keys for layer in cache.layers if isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.numel()
-    ]
-    held += [keys.untyped_storage().nbytes() * keys.shape[2] // keys.nbytes for keys in plain]
-    return max(held) if held else int(cache.get_seq_length())
-
-
-def _layer_nbytes(layer: Any) -> int:
-    if isinstance(layer, Int8Layer):
-        return layer.nbytes
-    tensors = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-    for states in (getattr(layer, "conv_states", None), getattr(layer, "recurrent_states", None)):
-        tensors += list(states.values()) if isinstance(states, dict) else []
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, Tensor))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +105,18 @@ def measurement(model: str, cell: Cell, answer: dict[str, Any], bandwidth: float
     ]
     speed = _speed(cell, timings, [run["joules"] for run in runs], answer["energy_source"])
     first = runs[0]
-    token_bytes = first["cache_bytes"] / max(1, first["cache_capacity"])
+    fixed = first["cache_fixed_bytes"]
+    token_bytes = (first["cache_bytes"] - fixed) / max(1, first["cache_capacity"])
     steps = [timing.tokens - 1 for timing in timings]
     seen = cell.context_tokens + sum(count**2 / 2 for count in steps) / max(1, sum(steps))
     whole = cell.context_tokens + (cell.new_tokens - 1) / 2
-    cache = MeanCache(token_bytes * whole, token_bytes * seen)
+    cache = MeanCache(fixed + token_bytes * whole, fixed + token_bytes * seen)
     line = roofline(cell, answer["step_weights_bytes"], cache, bandwidth, speed.inter_token_p50_seconds)
     tokens = min(timing.tokens for timing in timings)
-    missing = max(0.0, token_bytes * (cell.context_tokens + cell.new_tokens - 1) - first["cache_bytes"])
+    missing = max(0.0, fixed + token_bytes * (cell.context_tokens + cell.new_tokens - 1) - first["cache_bytes"])
     memory = _memory(answer, round(missing))
-    return Measurement(model, cell, kernel, status, "", tokens, speed, memory, line, answer["compile_seconds"])
+    compiling, dtype = answer["compile_seconds"], answer["cache_dtype"]
+    return Measurement(model, cell, kernel, status, "", tokens, speed, memory, line, compiling, dtype)
 
 
 def _speed(cell: Cell, timings: list[Timing], joules: list[float | None], source: str) -> Speed:
@@ -187,7 +189,7 @@ def _published(
     for fact in facts:
         spec = specs[fact.name]
         known = published_figures(spec.family.model_type, spec.hidden_size, spec.num_layers, fact.kind)
-        rows += [row for row in matching(known, cells) if row not in rows]
+        rows += [replace(row, beside=fact.name) for row in matching(known, cells)]
     return tuple(rows)
 
 
@@ -202,7 +204,7 @@ def _warnings(machine: dict[str, Any], specs: dict[str, ModelSpec], measurements
         if m.extrapolated:
             found.append(f"{where}: stopped by --max-seconds, extrapolated from {m.measured_tokens} tokens")
     for name, spec in specs.items():
-        most = spec.config.get("max_position_embeddings")
+        most = spec.text_config.get("max_position_embeddings")
         longest = max((m.cell.context_tokens + m.cell.new_tokens - 1 for m in measurements), default=0)
         if isinstance(most, int) and longest > most:
             found.append(f"{name}: {longest} tokens are more than its {most} positions: speed only, the text is no use")

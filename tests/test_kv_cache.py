@@ -18,7 +18,6 @@ from qwen_quant.kv_cache import (
     GROWTH_TOKENS,
     Int8Cache,
     Int8Layer,
-    cache_nbytes,
     dequantize_cache_torch,
     dequantize_per_token,
     make_cache,
@@ -26,6 +25,7 @@ from qwen_quant.kv_cache import (
     quantize_per_token,
 )
 from qwen_quant.models.qwen1 import QWenLMHeadModel
+from qwen_quant.profiling.cache_size import cache_size
 from qwen_quant.runtime.quantized_model import load_quantized
 from tests.support.artifacts import make_artifact
 from tests.support.checkpoints import random_model
@@ -263,7 +263,7 @@ def test_cropping_repeating_and_selecting(models: dict[str, PreTrainedModel]) ->
     with pytest.raises(ValueError, match="minus the number"):
         cache.crop(3)
     cache.reset()
-    assert cache.get_seq_length() == 0 and cache_nbytes(cache) == 0
+    assert cache.get_seq_length() == 0 and cache_size(cache).nbytes == 0
 
 
 def test_assisted_decoding_crops_what_was_refused(models: dict[str, PreTrainedModel]) -> None:
@@ -286,8 +286,8 @@ def test_memory_is_half_of_the_16_bit_cache(scheme: str, limit: float) -> None:
         for layer in range(2):
             cache.update(values, values, layer)
             plain.update(values, values, layer)
-    assert cache_nbytes(plain) == 2 * 2 * 2 * 8192 * 64 * 2
-    assert cache_nbytes(cache) <= limit * cache_nbytes(plain)
+    assert cache_size(plain).nbytes == 2 * 2 * 2 * 8192 * 64 * 2
+    assert cache_size(cache).nbytes <= limit * cache_size(plain).nbytes
     kept = [part for layer in cache.layers for store in layer.stores for part in store.parts]
     assert all(part.dtype in (torch.int8, torch.uint8) or part.shape[-1] == 1 for part in kept)
     assert cache.layers[0].keys is None and cache.layers[0].values is None

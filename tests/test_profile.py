@@ -10,11 +10,12 @@ import xml.dom.minidom
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import Qwen3MoeConfig, StaticCache
 
 from qwen_quant import cli, profile
 from qwen_quant.checkpoint.identity import weights_sha256
@@ -32,15 +33,18 @@ from qwen_quant.profiling.results import (
     MEASURED,
     OOM,
     ProfileResult,
+    Published,
     read_profile,
     write_profile,
 )
 from qwen_quant.profiling.roofline import MeanCache, roofline
 from qwen_quant.profiling.tables import _head, tables
 from qwen_quant.profiling.timing import Timing, clear_slope, latency_curve, percentile, time_generation, total_seconds
+from qwen_quant.runtime import quantized_model
 from qwen_quant.runtime.loading import load_model
 from tests.support.artifacts import make_artifact
 from tests.support.checkpoints import make_checkpoint
+from tests.support.moe import make_family_checkpoint
 
 SMALL = ProfileConfig(batch_sizes=(2,), new_tokens=(5,), runs=2, warmup_tokens=1, device="cpu", threads=1)
 
@@ -91,6 +95,10 @@ def test_sweeps_are_the_published_cache_tables() -> None:
         ({"max_seconds": math.nan}, "max_seconds is nan"),
         ({"kv_caches": ("bf16", "fp8")}, "kv_cache is 'fp8'"),
         ({"context_tokens": 0}, "context_tokens is 0"),
+        ({"context_tokens": 512}, "context_tokens is 512, without a sweep"),
+        ({"batch_sizes": (10**22,)}, "batch size is 10000000000000000000000"),
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": 10**6}, "threads is 1000000"),
         ({"dtype": "int4"}, "dtype is 'int4'"),
     ],
 )
@@ -168,6 +176,7 @@ def answer(**changes: Any) -> dict[str, Any]:
             "joules": joules,
             "cache_bytes": 1200,
             "cache_capacity": 12,
+            "cache_fixed_bytes": 0,
             "cache_tokens": 12,
         }
         for step, joules in ((0.5, 30.0), (1.0, 10.0))
@@ -175,7 +184,7 @@ def answer(**changes: Any) -> dict[str, Any]:
     sizes = {"process_bytes": 300, "weights_bytes": 1000, "step_weights_bytes": 900, "device_peak_bytes": None}
     peaks = {"peak_bytes": 4000, "generation_peak_bytes": 3500}
     words = {"status": MEASURED, "reason": "", "kernel": "dense bfloat16", "energy_source": "RAPL package"}
-    words["compile_seconds"] = None
+    words |= {"compile_seconds": None, "cache_dtype": "bfloat16"}
     return {**words, "runs": runs, **sizes, **peaks, **changes}
 
 
@@ -220,6 +229,22 @@ def cut_answer(wanted: int) -> dict[str, Any]:
     for run in found["runs"]:
         run["timing"]["wanted_tokens"] = wanted
     return found
+
+
+def test_states_of_linear_attention_do_not_grow_with_the_tokens() -> None:
+    """480 of 1200 bytes are fixed: 60 bytes a token."""
+    found = cut_answer(105)
+    for run in found["runs"]:
+        run["cache_fixed_bytes"] = 480
+    m = measurement("m", Cell(8, 105, 4), found, bandwidth=1e4)
+    assert m.memory is not None and m.memory.kv_cache_bytes == 480 + 60 * 112
+    assert m.roofline is not None and m.roofline.bytes_per_step == 900 + 480 + 60 * (8 + 52)
+
+
+def test_the_plain_cache_is_named_by_its_dtype() -> None:
+    rows = [measurement("m", Cell(8, 5, 4, kind), answer(cache_dtype=dtype), bandwidth=0.0)
+            for kind, dtype in (("bf16", "bfloat16"), ("bf16", "float32"), ("int8", "float32"))]  # fmt: skip
+    assert [_head(m)[2] for m in rows] == ["bf16", "bf16 (held in float32)", "int8"]
 
 
 def test_one_token_has_no_decoding_figures() -> None:
@@ -327,6 +352,28 @@ def test_a_measurement_counts_what_it_generated(folder: Path, kind: str, no_limi
     assert found["generation_peak_bytes"] >= found["process_bytes"] > 0
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_hybrid_and_vision_models_are_measured(kind: str, no_limit: None, tmp_path: Path) -> None:
+    model = make_family_checkpoint(tmp_path / "m", "qwen3_5_moe")
+    found = child.answer(request(model, Cell(3, 6, 2, kind)))
+    assert found["status"] == MEASURED, found["reason"]
+    run = found["runs"][0]
+    # 3 blocks, 2 rows: convolutions of 4 tokens over 2 x 64 + 128 channels, and 4 heads of 32 x 32 in FP32
+    assert run["cache_fixed_bytes"] == 3 * 2 * (4 * 256 * 2 + 4 * 32 * 32 * 4)
+    tokens, width = (8, 64) if kind == "bf16" else (256, 34)
+    assert (
+        run["cache_bytes"] - run["cache_fixed_bytes"] == 2 * 2 * 2 * tokens * width
+    )  # one block, k and v, rows, heads
+    assert (found["cache_dtype"], run["cache_capacity"]) == ("bfloat16", tokens)
+
+
+def test_experts_that_many_rows_read() -> None:
+    config = Qwen3MoeConfig(num_experts=8, num_experts_per_tok=2)
+    model = SimpleNamespace(config=config)
+    assert quantized_model._routed_share(model, 1) == 2 / 8
+    assert quantized_model._routed_share(model, 4) == 1 - (6 / 8) ** 4
+
+
 def test_a_stop_token_does_not_end_it(folder: Path) -> None:
     model = load_model(folder)
     with torch.no_grad():
@@ -359,8 +406,7 @@ def test_packed_folders_say_what_multiplied_them(folder: Path, tmp_path: Path) -
     out = tmp_path / "int4"
     make_artifact(folder, out)
     model, kernel = child.load_for_profile(out, torch.device("cpu"), torch.float32)
-    assert kernel.startswith("14 x ") and kernel.startswith(model.kernel_report.summary() + "; activations float32")
-    assert "activations float32; " in kernel
+    assert kernel.startswith("14 x ") and kernel.startswith(model.kernel_report.summary() + "; activations float32; ")
     dense, kernel = child.load_for_profile(folder, torch.device("cpu"), torch.bfloat16)
     slow = "" if compute_dtype(torch.device("cpu")) == torch.bfloat16 else "; this processor has no BF16 products"
     assert kernel.startswith("dense bfloat16" + slow)
@@ -376,6 +422,7 @@ def test_packed_folders_say_what_multiplied_them(folder: Path, tmp_path: Path) -
         (OSError(12, "Cannot allocate memory"), OOM),
         (RuntimeError("unable to mmap 8399168 bytes from file <model.safetensors>: Cannot allocate memory (12)"), OOM),
         (RuntimeError("shapes cannot be multiplied"), FAILED),
+        (RuntimeError("overflow\nframe #0: c10::Error"), FAILED),
         (ValueError("odd"), FAILED),
     ],
 )
@@ -387,7 +434,8 @@ def test_out_of_memory_is_told_from_other_failures(
 
     monkeypatch.setattr(child, "measure", fail)
     found = child.answer(request(folder, Cell(1, 2)))
-    assert found["status"] == status and str(error.args[-1])[:20] in found["reason"]
+    assert found["status"] == status and str(error.args[-1]).split("\n")[0][:20] in found["reason"]
+    assert "frame #0" not in found["reason"]
 
 
 @pytest.mark.parametrize(
@@ -529,9 +577,27 @@ def test_png_without_matplotlib_names_the_extra(
 def test_published_figures_stand_beside_ours(swept: ProfileResult) -> None:
     rows = published_figures("qwen", 4096, 32, "16-bit")
     measured = tuple(replace(m, cell=Cell(1, 1024, 4, "qwen")) for m in swept.measurements[:1])
-    result = replace(swept, measurements=measured, published=matching(rows, (Cell(1, 1024, 4, "qwen"),)))
+    known = matching(rows, (Cell(1, 1024, 4, "qwen"),))
+    result = replace(swept, measurements=measured, published=tuple(replace(row, beside="a") for row in known))
     table = next(table for table in tables(result) if table.title.startswith("Published"))
     assert len(table.rows) == 1 and "17.2 GB" in table.rows[0] and "A100-80G, 2023" in table.rows[0]
+
+
+def test_published_figures_stand_beside_their_own_model_only(
+    pair: list[Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sizes of one family in one call, and an NF4 folder beside a published Int4 figure."""
+    figure = published_figures("qwen", 4096, 32, "16-bit")[0]
+    seen: list[str] = []
+
+    def known(model_type: str, *_: object) -> tuple[Published, ...]:
+        seen.append(model_type)
+        return (replace(figure, model=f"model {len(seen)}"),) if len(seen) == 2 else ()
+
+    monkeypatch.setattr(profile, "published_figures", known)
+    result = profile_models(pair, ProfileConfig(), ask_child=FakeChild())
+    table = next(table for table in tables(result) if table.title.startswith("Published"))
+    assert [row[0] for row in table.rows] == ["b"] and [row.beside for row in result.published] == ["b"]
 
 
 def test_models_beyond_their_positions_are_said(pair: list[Subject]) -> None:
@@ -559,7 +625,7 @@ def fake_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeChild:
 
 def test_the_command(fake_child: FakeChild, pair: list[Subject], capsys: pytest.CaptureFixture[str]) -> None:
     models = [str(subject.folder) for subject in pair]
-    assert cli.run(["profile", *models, "--new-tokens", "5,50", "--kv-cache", "bf16,int8", "--quiet"]) == 0
+    assert cli.run(["profile", *models, "--new-tokens", "5, 50", "--kv-cache", "bf16, int8", "--quiet"]) == 0
     text = capsys.readouterr().out
     assert "Compared with a" in text and "roofline" in text and "warning: " in text
     assert read_profile(Path("profile/profile.json"))["device"] == "cpu"

@@ -96,7 +96,7 @@ def profile(
         batch_sizes=parse_numbers(batch_sizes, "--batch-sizes"),
         new_tokens=parse_numbers(new_tokens, "--new-tokens"),
         context_tokens=context_tokens,
-        kv_caches=tuple(kv_cache.split(",")),
+        kv_caches=tuple(kind.strip() for kind in kv_cache.split(",")),
         runs=runs,
         warmup_tokens=warmup_tokens,
         max_seconds=max_seconds,

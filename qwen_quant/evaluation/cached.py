@@ -37,6 +37,10 @@ class CacheStandIn:
         """[rows, heads, tokens, channels] of a whole window -> the same, written to a cache and read again."""
         return held_states(key_states, self.kind, self.dtype), held_states(value_states, self.kind, self.dtype)
 
+    def update_indexer(self, indexer_key_states: Tensor, *_: Any) -> Tensor:
+        """The keys of a sparse-attention indexer, which every cache keeps as they are."""
+        return indexer_key_states
+
 
 def cache_dtype(spec: ModelSpec) -> torch.dtype:
     """The dtype that a model is served and so cached in: that of config.json, BF16 where it names none."""

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel, StaticCac
 
 from qwen_quant.environment import memory_bytes
 from qwen_quant.errors import QwenQuantError
-from qwen_quant.kv_cache import PLAIN, STORED, cache_capacity, cache_nbytes, make_cache
+from qwen_quant.kv_cache import PLAIN, STORED, make_cache
 from qwen_quant.models.skeleton import compute_dtype
 from qwen_quant.process import tune_process
+from qwen_quant.profiling.cache_size import CacheSize, cache_dtype, cache_size
 from qwen_quant.profiling.energy import energy_meter, joules_between
 from qwen_quant.profiling.memory import (
     Peak,
@@ -59,14 +60,18 @@ class Run:
 
     Attributes:
         cache_bytes, cache_capacity: bytes that it holds allocated, and the tokens a row that fit into them.
+        cache_fixed_bytes: of these, what does not grow with the tokens (states of linear attention).
         cache_tokens: tokens a row in it.
+        cache_dtype: of its keys, or of their codes.
     """
 
     timing: Timing
     joules: float | None
     cache_bytes: int
     cache_capacity: int
+    cache_fixed_bytes: int
     cache_tokens: int
+    cache_dtype: str
 
 
 class Generation:
@@ -135,8 +140,7 @@ def load_for_profile(folder: Path, device: torch.device, dtype: torch.dtype | No
         steps = (
             f"steps by transformers: {step}" if step else f"steps of one row with the caches {PLAIN} and int8: native"
         )
-        kept = _name(model.config.dtype)
-        return model, f"{model.kernel_report.summary()}; activations {kept}; {steps}"
+        return model, f"{model.kernel_report.summary()}; activations {_name(model.config.dtype)}; {steps}"
     dtype = dtype or torch.bfloat16
     if source.is_quantized and importlib.util.find_spec("bitsandbytes") is not None:
         return _load_with_bitsandbytes(folder, device, dtype), f"{source.kind} modules; activations {_name(dtype)}"
@@ -167,7 +171,7 @@ def measure(folder: Path, cell: Cell, settings: dict[str, Any]) -> dict[str, Any
     reset_peak(device)
     ids = torch.randint(
         0,
-        model.config.vocab_size,
+        model.config.get_text_config().vocab_size,
         (cell.batch_size, cell.context_tokens),
         generator=torch.Generator().manual_seed(_SEED),
     ).to(device)
@@ -189,12 +193,13 @@ def measure(folder: Path, cell: Cell, settings: dict[str, Any]) -> dict[str, Any
         "status": MEASURED,
         "reason": "",
         "kernel": kernel,
+        "cache_dtype": runs[0].cache_dtype,
         "compile_seconds": compile_seconds,
         "runs": to_json(runs),
         "energy_source": energy_meter(device).source,
         "process_bytes": process_bytes,
         "weights_bytes": weights_nbytes(model),
-        "step_weights_bytes": bytes_per_token(model),
+        "step_weights_bytes": bytes_per_token(model, cell.batch_size),
         **_peaks(load_peak, run_peak, used_before),
     }
 
@@ -214,20 +219,22 @@ def run(
     before = meter.read()
     timing = time_generation(generation.step, generation.step, cell.new_tokens, time.perf_counter, max_seconds)
     joules = joules_between(before, meter.read())
-    return Run(timing, joules, *held_cache(generation), generation.position)
+    held = held_cache(generation)
+    dtype = _name(cache_dtype(generation.cache))
+    return Run(timing, joules, held.nbytes, held.capacity, held.fixed_bytes, generation.position, dtype)
 
 
-def held_cache(generation: Generation) -> tuple[int, int]:
-    """(bytes, tokens a row that they are for) of what a generation's cache takes at its end.
+def held_cache(generation: Generation) -> CacheSize:
+    """What a generation's cache takes at its end.
 
     Room that was asked for in advance and never written to takes no memory on the CPU: there a cache that a cut
     generation left half empty counts as the half, which is what the resident set saw.
     """
-    nbytes, capacity = cache_nbytes(generation.cache), cache_capacity(generation.cache)
+    size = cache_size(generation.cache)
     in_advance = generation.takes_native or generation.compiled is not None
-    if not in_advance or generation.next.device.type != "cpu" or generation.position >= capacity:
-        return nbytes, capacity
-    return nbytes * generation.position // capacity, generation.position
+    if not in_advance or generation.next.device.type != "cpu" or generation.position >= size.capacity:
+        return size
+    return size.filled(generation.position)
 
 
 def _device_used(device: torch.device) -> int:
@@ -280,7 +287,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             return {"status": OOM, "reason": reason}
         if os.environ.get("QWEN_QUANT_DEBUG"):
             raise
-        return {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
+        said = next(iter(str(error).strip().splitlines()), "")  # torch's go on with C++ frames
+        return {"status": FAILED, "reason": f"{type(error).__name__}: {said}"}
 
 
 def main(arguments: list[str]) -> None:

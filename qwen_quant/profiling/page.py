@@ -9,6 +9,7 @@ from qwen_quant.evaluation.report_numbers import escaped
 from qwen_quant.evaluation.report_style import STYLE
 from qwen_quant.profiling.plots import charts, figures, standalone
 from qwen_quant.profiling.png import write_pngs
+from qwen_quant.profiling.protocol import ProfileConfig
 from qwen_quant.profiling.results import ProfileResult, write_profile
 from qwen_quant.profiling.tables import TextTable, tables
 from qwen_quant.units import format_bytes, format_seconds
@@ -43,7 +44,7 @@ def protocol_lines(result: ProfileResult) -> tuple[str, ...]:
     lines = [
         f"on: {where}; {dtype}",
         "protocol: context + new tokens, length enforced, tokens/s over all new tokens; "
-        f"{config.runs} run{'s' if config.runs > 1 else ''} of each cell after {config.warmup_tokens} warm-up tokens, "
+        f"{_runs(config)} of each cell, "
         "the median shown; every cell in a fresh process",
     ]
     if rate:
@@ -62,6 +63,13 @@ def protocol_lines(result: ProfileResult) -> tuple[str, ...]:
     sources = {m.speed.energy_source for m in result.measurements if m.speed and m.speed.joules_per_token is None}
     lines += [f"energy: {source}" for source in sorted(sources)]
     return tuple(lines)
+
+
+def _runs(config: ProfileConfig) -> str:
+    """ "up to 3 runs after 8 warm-up tokens"."""
+    count = f"{config.runs} run{'s' if config.runs > 1 else ''}"
+    before = "compiling" if config.compile else f"{config.warmup_tokens} warm-up tokens"
+    return f"{'up to ' if config.max_seconds and config.runs > 1 else ''}{count} after {before}"
 
 
 def _kernels(result: ProfileResult) -> dict[str, str]:

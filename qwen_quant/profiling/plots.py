@@ -60,7 +60,7 @@ def _latency(result: ProfileResult) -> Chart:
     for m in result.measurements:
         if m.speed is None or len(m.speed.latency_curve) < 2:
             continue
-        name = f"{m.model}, {m.cell.kv_cache} cache"
+        name = f"{m.model}, {m.cache_name} cache"
         kept = chosen.get(name)
         key = (-m.cell.batch_size, m.cell.new_tokens)
         if kept is None or key > (-kept.cell.batch_size, kept.cell.new_tokens):
@@ -82,7 +82,7 @@ def _sweep(result: ProfileResult, axis: str, x_label: str, value: Value, y_label
         y = value(m)
         if y is None:
             continue
-        name = f"{m.model}, {m.cell.kv_cache} cache"
+        name = f"{m.model}, {m.cache_name} cache"
         if len(sizes) > 1:
             name += f", {getattr(m.cell, other)} {'rows' if other == 'batch_size' else 'new tokens'}"
         if m.cell.context_tokens > 1:

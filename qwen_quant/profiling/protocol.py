@@ -15,6 +15,8 @@ from qwen_quant.recipe import KV_CACHES
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
+LARGEST_COUNT = 2**31 - 1
+MOST_THREADS = 1024  # OpenMP dies of some more
 SWEEP_NEW_TOKENS = 1024  # of the published table by batch size
 SWEEP_BATCH_SIZE = 1  # of the published table by generated length
 
@@ -73,17 +75,23 @@ class ProfileConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be measured (InputError naming the value)."""
         for name, values in (("batch size", self.batch_sizes), ("number of new tokens", self.new_tokens)):
-            if any(value < 1 for value in values):
-                raise InputError(f"a {name} is {min(values)}", next_step="use whole numbers from 1")
-        for name, value, least in (
-            ("context_tokens", self.context_tokens, 1),
-            ("runs", self.runs, 1),
-            ("warmup_tokens", self.warmup_tokens, 0),
-            ("threads", self.threads or 1, 1),
-            ("memory_limit_bytes", self.memory_limit_bytes or 1, 1),
+            if odd := [value for value in values if not 1 <= value <= LARGEST_COUNT]:
+                raise InputError(f"a {name} is {odd[0]}", next_step=f"use whole numbers from 1 to {LARGEST_COUNT}")
+        for name, value, least, most in (
+            ("context_tokens", self.context_tokens, 1, LARGEST_COUNT),
+            ("runs", self.runs, 1, LARGEST_COUNT),
+            ("warmup_tokens", self.warmup_tokens, 0, LARGEST_COUNT),
+            ("threads", self.threads, 1, MOST_THREADS),
+            ("memory_limit_bytes", self.memory_limit_bytes, 1, 2**63 - 1),
         ):
-            if value < least:
-                raise InputError(f"{name} is {value}", next_step=f"use a whole number from {least}")
+            if value is not None and not least <= value <= most:
+                raise InputError(f"{name} is {value}", next_step=f"use a whole number from {least} to {most}")
+        if self.context_tokens > 1 and not (self.batch_sizes or self.new_tokens):
+            raise InputError(
+                f"context_tokens is {self.context_tokens}, without a sweep",
+                "the published protocol has contexts of its own",
+                "give --new-tokens or --batch-sizes too",
+            )
         if self.max_seconds is not None and not (math.isfinite(self.max_seconds) and self.max_seconds > 0):
             raise InputError(f"max_seconds is {self.max_seconds}", next_step="use a number above 0")
         if self.compile and set(self.kv_caches) != {"bf16"}:

@@ -100,6 +100,12 @@ class Roofline:
     share: float
 
 
+def cache_name(kv_cache: str, dtype: str) -> str:
+    """What a table calls a cache of `dtype` ("": not known)."""
+    plain = kv_cache == "bf16" and dtype not in ("", "bfloat16")
+    return f"{kv_cache} (held in {dtype})" if plain else kv_cache
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One cell of one model.
@@ -108,6 +114,8 @@ class Measurement:
         model: its name in ProfileResult.models. kernel: what multiplied the weights, in words.
         status: "measured", "oom" (a result: the figures are None) or "failed"; reason says why.
         compile_seconds: what torch.compile took before anything was timed; None without it.
+        cache_dtype: what the cache held its keys and values (or their codes) in: "bfloat16", "int8" and so on; "" where
+            nothing was measured.
         measured_tokens: new tokens a row of the shortest run; fewer than cell.new_tokens: figures are extrapolated.
     """
 
@@ -121,6 +129,7 @@ class Measurement:
     memory: Memory | None
     roofline: Roofline | None
     compile_seconds: float | None = None
+    cache_dtype: str = ""
 
     @property
     def extrapolated(self) -> bool:
@@ -131,6 +140,11 @@ class Measurement:
     def dequantized(self) -> bool:
         """Whether packed weights ran as dense ones."""
         return DEQUANTIZED in self.kernel
+
+    @property
+    def cache_name(self) -> str:
+        """The cell's cache; the plain one with the dtype that it really had: "bf16", "bf16 (held in float32)"."""
+        return cache_name(self.cell.kv_cache, self.cache_dtype)
 
 
 @dataclass(frozen=True)
@@ -149,6 +163,7 @@ class Published:
     """A figure that the maintainers of the model published; `value` is None where they wrote "oom".
 
     Attributes:
+        model, weights: whose figure it is. beside: the profiled model of its sizes and kind, which it stands beside.
         quantity: "tokens_per_second" or "peak_memory". unit: as printed.
     """
 
@@ -159,6 +174,7 @@ class Published:
     value: float | None
     unit: str
     hardware: str
+    beside: str = ""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def tokens_per_second(m: Measurement) -> str:
 
 
 def _head(m: Measurement) -> tuple[str, str, str]:
-    return _named(m), m.cell.label, m.cell.kv_cache
+    return _named(m), m.cell.label, m.cache_name
 
 
 def _named(m: Measurement) -> str:
@@ -56,7 +56,7 @@ def _range(values: Spread) -> str:
 
 def _speed(result: ProfileResult) -> TextTable:
     columns = (
-        "model", "tokens", "KV cache", "tokens/s", f"spread of {result.config.runs}", "first token", "p50", "p99",
+        "model", "tokens", "KV cache", "tokens/s", "least to most", "first token", "p50", "p99",
         "prefill tokens/s", "J/token", "roofline", "reached",
     )  # fmt: skip
     rows = []
@@ -139,16 +139,11 @@ def _published(result: ProfileResult) -> TextTable:
     for figure in result.published:
         for m in result.measurements:
             cache = "bf16" if m.cell.kv_cache == "bf16" else "int8"
-            if replace(m.cell, kv_cache=cache) == figure.cell and _same_weights(result, m, figure):
+            if replace(m.cell, kv_cache=cache) == figure.cell and m.model == figure.beside:
                 value = OOM if figure.value is None else f"{figure.value:g} {figure.unit}"
                 rows.append((*_head(m), figure.quantity.replace("_", " "), value, figure.hardware, _ours(m, figure)))
     columns = ("model", "tokens", "KV cache", "figure", "published", "on", f"ours, on {result.device_name}")
     return TextTable("Published for the same model", columns, tuple(rows), 4)
-
-
-def _same_weights(result: ProfileResult, m: Measurement, figure: Published) -> bool:
-    kind = next(fact.kind for fact in result.models if fact.name == m.model)
-    return (kind == "16-bit") == (figure.weights == "BF16")
 
 
 def _ours(m: Measurement, figure: Published) -> str:

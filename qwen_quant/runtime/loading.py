@@ -169,6 +169,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", dtype: torch.dt
     decoder = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config).to(device)
     model.requires_grad_(False)
+    model.config.dtype = dtype
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()

@@ -107,18 +107,18 @@ def kernel_report(model: nn.Module, seconds: float) -> KernelReport:
     return KernelReport(tuple(entries), seconds, getattr(head, "name", "torch"))
 
 
-def bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes of weights that decoding one token of one row must read.
+def bytes_per_token(model: PreTrainedModel, rows: int = 1) -> int:
+    """Bytes of weights that decoding one token of each of `rows` rows must read.
 
     Every parameter and packed weight of the decoder and its head once; of an embedding that is not also the head
-    nothing (one row); of routed experts the share that a token is sent to.
+    nothing (one row each); of routed experts the share that some token is sent to (`_routed_share`).
     """
     output = model.get_output_embeddings()
     head, parts = output.weight, [*model.get_decoder().modules(), output]
     routed = {id(part) for experts in parts if isinstance(experts, ExpertList) for part in experts.modules()}
     total, seen = 0.0, set()
     for module in parts:
-        share = _routed_share(model) if id(module) in routed else 1.0
+        share = _routed_share(model, rows) if id(module) in routed else 1.0
         if isinstance(module, Int4Linear):
             total += module.nbytes * share
             continue
@@ -138,10 +138,10 @@ def bnb_scales(parameter: nn.Parameter) -> tuple[Tensor, ...]:
     return tuple(part for part in held if isinstance(part, Tensor))
 
 
-def _routed_share(model: PreTrainedModel) -> float:
-    """Experts of a token over all experts."""
+def _routed_share(model: PreTrainedModel, rows: int) -> float:
+    """The expected share of the experts that some of `rows` tokens is sent to: 1 - (1 - k / n)^rows, routed evenly."""
     config = model.config.get_text_config()
-    return config.num_experts_per_tok / config.num_experts
+    return 1 - (1 - config.num_experts_per_tok / config.num_experts) ** rows
 
 
 def load_quantized(
