@@ -17,6 +17,7 @@ from qwen_quant.errors import InputError
 from qwen_quant.kv_cache import (
     GROWTH_TOKENS,
     Int8Cache,
+    Int8IndexedLayer,
     Int8Layer,
     dequantize_cache_torch,
     dequantize_per_token,
@@ -29,6 +30,7 @@ from qwen_quant.profiling.cache_size import cache_size
 from qwen_quant.runtime.quantized_model import load_quantized
 from tests.support.artifacts import make_artifact
 from tests.support.checkpoints import random_model
+from tests.support.moe import make_family_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen1"
 COLUMNS = 8  # every eighth column of the golden logits is kept
@@ -311,6 +313,35 @@ def test_layers_without_keys_keep_their_own_cache() -> None:
     config.layer_types = ["linear_attention", "linear_attention"]
     with pytest.raises(InputError, match="no attention layers"):
         Int8Cache(config)
+
+
+def test_sparse_attention_keeps_its_indexer(tmp_path: Path) -> None:
+    """qwen4_exp: codes for keys and values, the indexer's keys as they are, through beams, cropping and repeating."""
+    folder = make_family_checkpoint(tmp_path / "m", "qwen4_exp_text", dtype=torch.float32)
+    model, prompt = AutoModelForCausalLM.from_pretrained(folder).eval(), ids(2, 24)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    cache, plain = Int8Cache(model.config), DynamicCache(config=model.config)
+    out = model.generate(prompt, past_key_values=cache, pad_token_id=0, **settings)
+    wanted = model.generate(prompt, past_key_values=plain, pad_token_id=0, **settings)
+    assert float((out == wanted).float().mean()) > 0.8
+    ours, theirs = cache.layers[3], plain.layers[3]
+    assert type(ours) is Int8IndexedLayer and torch.equal(ours.indexer_keys, theirs.indexer_keys)
+    for change in (
+        lambda c: c.crop(-2),
+        lambda c: c.reorder_cache(torch.tensor([1, 0, 3, 3])),
+        lambda c: c.batch_repeat_interleave(2),
+        lambda c: c.batch_select_indices(torch.tensor([0, 5, 6])),
+        lambda c: (c.offload(), c.prefetch()),
+    ):
+        change(ours), change(theirs)
+        for name in ("indexer_keys", "indexer_position_ids"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        torch.testing.assert_close(ours.dequantized()[0], theirs.keys, rtol=0.1, atol=0.1)
+    size = cache_size(cache)
+    assert size.nbytes - size.fixed_bytes == ours.nbytes + ours.indexer_keys.untyped_storage().nbytes()
+    ours.reset()
+    assert ours.indexer_keys is None and ours.get_seq_length() == 0
 
 
 def test_sliding_windows_are_the_masks_work() -> None:
