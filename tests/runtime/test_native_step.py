@@ -9,7 +9,8 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from qwen_quant.errors import UsageError
-from qwen_quant.kv_cache import GROWTH_TOKENS, STORED, Int8Cache, cache_nbytes
+from qwen_quant.kv_cache import GROWTH_TOKENS, STORED, Int8Cache
+from qwen_quant.profiling.cache_size import cache_size
 from qwen_quant.profiling.child import Generation, held_cache
 from qwen_quant.runtime.decode import decode, decoding_cache, filled_storage, preallocated_cache
 from qwen_quant.runtime.native_step import NativeStep, refusal
@@ -97,7 +98,7 @@ def test_a_bf16_cache_under_fp32_activations(tmp_path: Path) -> None:
         for cache in (native, plain)
     )
     assert first.dtype == torch.bfloat16 and float((first.float() - again.float()).abs().max()) <= 2**-7
-    assert 2 * cache_nbytes(plain) <= cache_nbytes(decoded_plainly(model, capacity)) * 1.1
+    assert 2 * cache_size(plain).nbytes <= cache_size(decoded_plainly(model, capacity)).nbytes * 1.1
 
 
 def decoded_plainly(model: PreTrainedModel, capacity: int) -> Cache:
@@ -170,7 +171,8 @@ def test_room_that_a_cut_generation_never_used_is_no_memory(tmp_path: Path, kind
     generation = Generation(model, IDS, kind, 3000)
     for _ in range(4):
         generation.step()
-    nbytes, tokens = held_cache(generation)
+    held = held_cache(generation)
+    nbytes, tokens = held.nbytes, held.capacity
     assert tokens == IDS.shape[1] + 3
     token_bytes = 2 * 2 * 2 * (32 * 2 if kind == "bf16" else 32 + 4)  # layers, keys and values, heads
     assert nbytes == tokens * token_bytes
