@@ -4,7 +4,7 @@ Inputs (B sequences, L new tokens, S = past + L):
 
     input_ids       int64 [B, L]
     attention_mask  int64 [B, S]    1 for a token, 0 for padding
-    position_ids    int64 [B, L]
+    position_ids    int64 [B, L]    places of the tokens of a sequence, from 0, padding not counted
     beam_idx        int32 [B]       which sequence of the last step each sequence continues
 
 Output: logits FP32 [B, L, vocabulary].  Keys and values live in variables [B, kv_heads, past, head_dim] under the names
