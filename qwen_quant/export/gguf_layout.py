@@ -22,6 +22,7 @@ from qwen_quant.export.folder import items
 from qwen_quant.export.formats import ExportOptions, require
 from qwen_quant.export.gguf_blocks import BLOCK, BlockType, narrowest
 from qwen_quant.export.gguf_metadata import ARCHITECTURES
+from qwen_quant.export.stacks import EXPERT
 
 if TYPE_CHECKING:
     from qwen_quant.checkpoint.families import ModelSpec
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 RESTS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 ALIGNMENT = 32
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_EXPERT = re.compile(r"(?P<stack>.*\.mlp\.experts)\.(?P<index>\d+)\.(?P<linear>\w+)")
 _FULL_PRECISION = (".mlp.gate.weight", ".shared_expert_gate.weight")  # routers
 _PLAIN_TYPES = {dtype: kind for kind, dtype in PLAIN.items()}
 
@@ -126,11 +126,11 @@ def entries_of(source: ExportSource, options: ExportOptions) -> list[Entry]:
     """Every tensor of the file, in order. Errors: InputError for one that gguf-py has no name for."""
     names, linears, found = _name_map(source), set(source.linears), []
     for name in items(source):
-        expert = _EXPERT.fullmatch(name)
+        expert = EXPERT.fullmatch(name)
         if is_left_out(source.spec, name) or (expert is not None and int(expert["index"])):
             continue
         if expert is not None:
-            base, suffix = f"{expert['stack']}.{expert['linear']}", ".weight"
+            base, suffix = f"{expert['mlp']}.experts.{expert['linear']}", ".weight"
         else:
             base, suffix = (name, ".weight") if name in linears else _parts(name)
         for module, move in placements(source.spec, base):
@@ -155,7 +155,7 @@ def _parts(name: str) -> tuple[str, str]:
 def _stack(source: ExportSource, name: str, expert: re.Match[str] | None) -> tuple[str, ...]:
     if expert is None:
         return (name,)
-    return tuple(f"{expert['stack']}.{k}.{expert['linear']}" for k in range(source.spec.expert_count))
+    return tuple(f"{expert['mlp']}.experts.{k}.{expert['linear']}" for k in range(source.spec.expert_count))
 
 
 def _linear_entry(source: ExportSource, name: str, sources: tuple[str, ...], move: Move) -> Entry:
@@ -163,7 +163,7 @@ def _linear_entry(source: ExportSource, name: str, sources: tuple[str, ...], mov
     rows = rows if move.rows is None else len(move.rows)
     block = block_type(source)
     nbytes = len(sources) * rows * (width // BLOCK * block.block_bytes)
-    shape = (len(sources), rows, width) if _EXPERT.fullmatch(sources[0]) else (rows, width)
+    shape = (len(sources), rows, width) if EXPERT.fullmatch(sources[0]) else (rows, width)
     return Entry(name, sources, block.name, shape, nbytes, move)
 
 

@@ -16,9 +16,7 @@ what the model computes; in BF16 it would be rounded), convolutions as [channels
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +32,7 @@ from qwen_quant.export.behind import Behind, write_part, write_tensor
 from qwen_quant.export.folder import REST_DTYPES, Steps, items, kept_dtype, write_items, write_kept
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target, require
 from qwen_quant.export.hybrid import adds_one, full_attention_interval, is_hybrid, is_vision, one_plus
+from qwen_quant.export.stacks import Place, place_of
 from qwen_quant.progress import ProgressFn
 from qwen_quant.resume import write_json_atomically
 
@@ -50,24 +49,11 @@ MODEL_TYPES = {
 }
 _ALL_SPARSE = ("qwen2_moe", "qwen3_5_moe")  # of mlx-lm's models, those that have experts in every block
 _ROTATIONS = ("default", "linear", "yarn", "llama3")  # those that do not change with the length of the text
-_EXPERT = re.compile(r"(?P<mlp>.*\.mlp)\.experts\.(?P<index>\d+)\.(?P<linear>\w+)")
 _ROUNDING = 2.0**-20  # of the largest scale times code: FP32 products of FP32 scales are rounded
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a linear goes: the module's name in the file, and its index in a stack of `stack` experts (0: no stack)."""
-
-    module: str
-    index: int
-    stack: int
-
-
-def _place(source: ExportSource, name: str) -> _Place:
-    found = _EXPERT.fullmatch(name)
-    if found is None:
-        return _Place(name, 0, 0)
-    return _Place(f"{found['mlp']}.switch_mlp.{found['linear']}", int(found["index"]), source.spec.expert_count)
+def _place(source: ExportSource, name: str) -> Place:
+    return place_of(source.spec, name, "switch_mlp")
 
 
 def _specs(source: ExportSource, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -33,12 +33,13 @@ from qwen_quant.export.decoder import (
 from qwen_quant.export.folder import REST_DTYPES, kept_dtype
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Piece, Target
 from qwen_quant.export.graph_parts import Parts, left_out, read_parts
-from qwen_quant.export.onnx_data import EXPERT, positions, tensor_protos, write_data, zero_bytes
+from qwen_quant.export.onnx_data import positions, tensor_protos, write_data, zero_bytes
 from qwen_quant.export.onnx_decoder import build_model, build_nodes
 from qwen_quant.export.onnx_experts import DOWN, GATE_UP, qmoe_attributes, stack_name, takes_qmoe
 from qwen_quant.export.onnx_graph import Graph, onnx
 from qwen_quant.export.pivot import LinearGrid, PackedRows, consecutive_groups
 from qwen_quant.export.rows import row_pieces
+from qwen_quant.export.stacks import EXPERT
 from qwen_quant.progress import ProgressFn
 from qwen_quant.resume import write_json_atomically
 

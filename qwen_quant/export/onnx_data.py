@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ from qwen_quant.export.graph_parts import left_out
 from qwen_quant.export.onnx_decoder import rotation_width
 from qwen_quant.export.onnx_experts import DOWN, GATE_UP, stack_name
 from qwen_quant.export.onnx_graph import onnx
+from qwen_quant.export.stacks import EXPERT
 from qwen_quant.progress import ProgressFn
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 DATA_FILE = "model.onnx.data"
 ROTATION_POSITIONS = 131072  # rows of the tables of cosine and sine, at most the model's context
-EXPERT = re.compile(r"(?P<mlp>.*)\.experts\.(?P<index>\d+)\.(?P<role>gate|up|down)_proj")
 _ALIGNMENT = 64
 _KINDS = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.uint8: "UINT8"}
 

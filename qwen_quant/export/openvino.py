@@ -47,8 +47,9 @@ from qwen_quant.export.hybrid import adds_one, is_hybrid
 from qwen_quant.export.openvino_graph import build_model
 from qwen_quant.export.openvino_ops import Linear, Weights, number, openvino, opset
 from qwen_quant.export.openvino_reading import pieces
-from qwen_quant.export.openvino_spool import TYPES, Spool, place_of
+from qwen_quant.export.openvino_spool import STACKS, TYPES, Spool
 from qwen_quant.export.pivot import PackedRows, pack_codes, unpack_codes
+from qwen_quant.export.stacks import EXPERT, place_of
 from qwen_quant.progress import ProgressFn
 from qwen_quant.units import format_bytes
 
@@ -85,11 +86,11 @@ def uneven_groups(source: ExportSource) -> list[Inexact]:
 def _experts(source: ExportSource) -> list[Inexact]:
     """Why the routed experts of a block cannot be one constant (empty when they can)."""
     near, found = "--format gptq_v2, or quantize with --no-desc-act, whose groups every format takes", []
-    act_order = [name for name in source.facts.act_order if place_of(source.spec, name).count]
+    act_order = [name for name in source.facts.act_order if EXPERT.fullmatch(name)]
     if act_order:
         why = "the experts of a block are one constant, whose columns have one order"
         found.append(Inexact("act-order (desc_act) of routed experts", why, near, linears=len(act_order)))
-    plain = [name for name in source.unquantized_linears if place_of(source.spec, name).count]
+    plain = [name for name in source.unquantized_linears if EXPERT.fullmatch(name)]
     if plain:
         why = "the experts of a block are one constant of codes"
         found.append(Inexact("routed experts that are not quantized", why, "--format gptq", linears=len(plain)))
@@ -172,7 +173,7 @@ def sorted_columns(packed: PackedRows) -> tuple[Tensor, Tensor | None]:
 
 def _spool_linear(source: ExportSource, name: str, spool: Spool, *, known: bool) -> None:
     facts, (out, width), groups = source.facts, source.shape(name), source.groups(name)
-    kind, place = f"u{facts.bits}", place_of(source.spec, name)
+    kind, place = f"u{facts.bits}", place_of(source.spec, name, STACKS)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {"codes": (kind, (out, groups, width // groups))}
     shapes["scales"] = (TYPES[facts.scale_dtype], (out, groups, 1))
     if not facts.sym:
@@ -180,11 +181,11 @@ def _spool_linear(source: ExportSource, name: str, spool: Spool, *, known: bool)
     if name in facts.act_order:
         shapes["order"] = ("i64", (width,))
     for part, (kind, shape) in shapes.items():
-        spool.place(f"{place.module}.{part}", kind, (place.count, *shape) if place.count else shape)
+        spool.place(f"{place.module}.{part}", kind, (place.stack, *shape) if place.stack else shape)
     if not known:
         found = _tensors(source, name)
         for part in shapes:
-            spool.fill(f"{place.module}.{part}", [found[part]], (place.index, max(place.count, 1)))
+            spool.fill(f"{place.module}.{part}", [found[part]], (place.index, max(place.stack, 1)))
 
 
 def _tensors(source: ExportSource, name: str) -> dict[str, Tensor]:
@@ -205,9 +206,9 @@ def _weights(source: ExportSource, constants: dict[str, Any]) -> Weights:
     """Nodes that compute the FP32 weights from the constants."""
     linears, plain = {}, {}
     for name in source.linears:
-        place = place_of(source.spec, name)
+        place = place_of(source.spec, name, STACKS)
         if place.index == 0:
-            shape = (*([place.count] if place.count else []), *source.shape(name))
+            shape = (*([place.stack] if place.stack else []), *source.shape(name))
             weight = _dequantized(source, place.module, shape, constants)
             linears[place.module] = Linear(weight, constants.get(f"{place.module}.order"))
     for name in _kept(source):

@@ -13,8 +13,9 @@ from qwen_quant.errors import AuditError
 from qwen_quant.export.decoder import unpacked_zeros
 from qwen_quant.export.formats import Piece
 from qwen_quant.export.openvino_ops import openvino
-from qwen_quant.export.openvino_spool import TYPES, place_of
+from qwen_quant.export.openvino_spool import STACKS, TYPES
 from qwen_quant.export.pivot import LinearGrid, PackedRows, consecutive_groups
+from qwen_quant.export.stacks import place_of
 
 if TYPE_CHECKING:
     from qwen_quant.export.source import ExportSource
@@ -25,13 +26,13 @@ _CHAIN = ("Reshape", "Multiply", "Subtract", "Convert", "Constant")  # from a st
 def pieces(model: Any, source: ExportSource, kept: list[str]) -> Iterator[Piece]:
     """Every linear and the kept tensors named. Errors: AuditError for one that the graph has no node for."""
     nodes = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
-    places = {name: place_of(source.spec, name) for name in source.linears}
+    places = {name: place_of(source.spec, name, STACKS) for name in source.linears}
     for name in (*(place.module for place in places.values()), *kept):
         if name not in nodes:
             raise AuditError(f"the graph has no node '{name}'")
     for name, place in places.items():
         node = nodes[place.module]
-        if place.count:
+        if place.stack:
             yield Piece(name, _expert(node, source, name))
             continue
         before = node.input_value(0).get_node()
@@ -66,13 +67,13 @@ def _weight(node: Any, order: Any | None) -> Tensor:
 
 def _expert(node: Any, source: ExportSource, name: str) -> PackedRows:
     """One expert's part of the constants in front of the MatMul of its stack; a stack may be too large to compute."""
-    place, bits, sym = place_of(source.spec, name), source.facts.bits, source.facts.sym
+    place, bits, sym = place_of(source.spec, name, STACKS), source.facts.bits, source.facts.sym
     (out, width), groups = source.shape(name), source.groups(name)
     constants = _constants(node, name)
 
     def share(part: str) -> Tensor:
         raw = _raw(constants[part])
-        size = len(raw) // place.count
+        size = len(raw) // place.stack
         return torch.from_numpy(raw[place.index * size : (place.index + 1) * size].copy())
 
     if sym:

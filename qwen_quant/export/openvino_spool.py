@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,31 +16,11 @@ from qwen_quant.errors import AuditError
 from qwen_quant.export.behind import Behind, write_at
 from qwen_quant.export.openvino_ops import openvino
 
-if TYPE_CHECKING:
-    from qwen_quant.checkpoint.families import ModelSpec
-
+STACKS = "experts"  # in the names of their constants and MatMul nodes: ...mlp.experts.gate_proj
 TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _TYPE_BITS = {"u4": 4, "u8": 8, "f16": 16, "bf16": 16, "f32": 32, "i64": 64}
 _VIEWS = {"f32": np.float32, "f16": np.float16, "i64": np.int64, "bf16": np.float16}
 _ALIGNMENT = 64
-_EXPERT = re.compile(r"(?P<stack>.*\.mlp\.experts)\.(?P<index>\d+)\.(?P<linear>\w+)")
-
-
-@dataclass(frozen=True)
-class Place:
-    """The constants that hold a linear: those of `module`, as expert `index` of a stack of `count` (0: no expert)."""
-
-    module: str
-    index: int
-    count: int
-
-
-def place_of(spec: ModelSpec, name: str) -> Place:
-    """Place of linear `name`: experts of a block that have the same role are one stack, `...mlp.experts.gate_proj`."""
-    found = _EXPERT.fullmatch(name)
-    if found is None:
-        return Place(name, 0, 0)
-    return Place(f"{found['stack']}.{found['linear']}", int(found["index"]), spec.expert_count)
 
 
 class Spool:

@@ -15,8 +15,9 @@ from qwen_quant.export import openvino
 from qwen_quant.export.behind import Behind
 from qwen_quant.export.export import ExportJob, export_artifact
 from qwen_quant.export.formats import ExportOptions
-from qwen_quant.export.openvino_spool import Place, Spool, place_of
+from qwen_quant.export.openvino_spool import STACKS, Spool
 from qwen_quant.export.source import ExportSource
+from qwen_quant.export.stacks import Place, place_of
 from qwen_quant.export.verify import verify
 from qwen_quant.progress import no_progress
 from qwen_quant.runtime.loading import load_model
@@ -60,8 +61,8 @@ def test_a_vision_tower_is_left_out_and_said(tmp_path: Path) -> None:
 
 def test_experts_of_a_block_share_their_constants(tmp_path: Path) -> None:
     source = ExportSource(artifact(tmp_path, "qwen3_moe", SMALL))
-    assert place_of(source.spec, LAST_EXPERT) == Place("model.layers.1.mlp.experts.up_proj", 7, 8)
-    assert place_of(source.spec, "model.layers.0.self_attn.q_proj").count == 0
+    assert place_of(source.spec, LAST_EXPERT, STACKS) == Place("model.layers.1.mlp.experts.up_proj", 7, 8)
+    assert place_of(source.spec, "model.layers.0.self_attn.q_proj", STACKS).stack == 0
     handle = os.open(tmp_path / "spool", os.O_RDWR | os.O_CREAT)
     with Behind() as behind:
         spool = Spool(tmp_path / "spool", handle, behind)
