@@ -19,6 +19,7 @@ from typing import Any
 from qwen_quant.checkpoint.manifest import versions
 from qwen_quant.errors import QwenQuantError, UsageError
 from qwen_quant.progress import ProgressFn
+from qwen_quant.releasing.ahead import check_machine, check_push, problems_ahead
 from qwen_quant.releasing.planning import ReleasePlan, plan_stages
 from qwen_quant.releasing.records import (
     Made,
@@ -134,10 +135,11 @@ def target(job: ReleaseJob) -> str:
     return job.repo or job.recipe.release.repo
 
 
-def _check_target(job: ReleaseJob) -> None:
-    if job.push and job.until in ("", "push") and not target(job):
-        step = "add repo to [release], or --repo ORG/NAME, or --no-push"
-        raise UsageError("there is no repository to push to", f"{job.recipe.path} does not name one", step)
+def reached(job: ReleaseJob) -> tuple[str, ...]:
+    """The stages that the job asks for."""
+    names = stage_names(job.recipe.release.kind)
+    wanted = names[: names.index(job.until) + 1] if job.until else names
+    return tuple(name for name in wanted if name != "push" or job.push)
 
 
 def run_release(job: ReleaseJob, progress: ProgressFn, announce: Announce) -> ReleaseResult:
@@ -149,7 +151,9 @@ def run_release(job: ReleaseJob, progress: ProgressFn, announce: Announce) -> Re
     Errors: UsageError and InputError before the first stage: a wrong job, or a work folder that is in use.
     """
     check_job(job)
-    _check_target(job)
+    check_machine(job.recipe, reached(job))
+    if "push" in reached(job):
+        check_push(job.recipe, target(job))
     with locked(job.work):
         return _Run(job, progress, announce).to_the_end()
 
@@ -236,10 +240,10 @@ class _Run:
         self.rows = [row for row in self.rows if row.name != stage.name]
         self.rows.append(StageOutcome(stage.name, FAILED, why))
 
-    def _write(self, reached: int) -> ReleaseResult:
+    def _write(self, count: int) -> ReleaseResult:
         """Write release.json of the rows so far; stages beyond them are "not reached"."""
         rest = []
-        for stage in STAGES[reached:]:
+        for stage in STAGES[count:]:
             why_not = skipped(self.job, stage, self.context)
             rest.append(StageOutcome(stage.name, LEFT_OUT if why_not else NOT_REACHED, why_not))
         result = self._result((*self.rows, *rest))
@@ -294,4 +298,6 @@ def plan_release(job: ReleaseJob) -> ReleasePlan:
     """What a release would do, without writing anything. Errors: as what it would run into before its first work."""
     check_job(job)
     context = make_context(job)
-    return plan_stages(context, STAGES, lambda stage: skipped(job, stage, context), job.until)
+    problems = problems_ahead(job.recipe, target(job), reached(job))
+    plan = plan_stages(context, STAGES, lambda stage: skipped(job, stage, context), job.until)
+    return dataclasses.replace(plan, problems=(*problems, *plan.problems))

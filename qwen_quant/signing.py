@@ -110,6 +110,12 @@ def _library() -> ModuleType:
     return model_signing
 
 
+def check_key(key: Path) -> None:
+    """The private key can be used, and the package is there (InputError otherwise)."""
+    _library()
+    _public_half(_read_key(key))
+
+
 def _read_key(key: Path) -> bytes:
     """The PEM text of a key (InputError when it is no readable PEM file)."""
     try:
@@ -127,7 +133,7 @@ def _public_half(private: bytes) -> bytes:
     """PEM public key that belongs to a PEM private key."""
     from cryptography.hazmat.primitives import serialization
 
-    with _translated(Path("the key")):
+    with _translated(Path("the private key")):
         public = serialization.load_pem_private_key(private, None).public_key()
     return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 

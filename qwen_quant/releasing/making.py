@@ -29,23 +29,16 @@ from qwen_quant.hub.download import DownloadJob, ModelSource, download_repo, par
 from qwen_quant.preparation import QuantizeJob, resolve_device
 from qwen_quant.progress import ProgressFn
 from qwen_quant.recipe import CalibrationConfig, RunConfig
+from qwen_quant.releasing.ahead import check_formats
 from qwen_quant.releasing.records import Made, inputs_sha256, read_record
+from qwen_quant.releasing.settings import local_source
 from qwen_quant.releasing.stage import Context, Stage, always, artifact_name, plain
 from qwen_quant.resume import WorkFolder
 from qwen_quant.sequential import quantize_checkpoint
 from qwen_quant.units import format_bytes
 
-BUNDLED_PREFIX = "bundled:"
 KEPT_CARD = "card"  # the folder that keeps the card's hand-written text while the artifact is made anew
 CARD_FILE = "README.md"
-
-
-def local_source(model: str) -> Path | None:
-    """The folder of a model that needs no hub: "bundled:NAME" or an existing folder; None for a hub id."""
-    if model.startswith(BUNDLED_PREFIX):
-        return bundled_path(model.removeprefix(BUNDLED_PREFIX))
-    folder = Path(model).expanduser()
-    return folder.absolute() if folder.is_dir() else None
 
 
 def _download_inputs(context: Context) -> dict[str, Any]:
@@ -151,6 +144,7 @@ def artifact_folder(context: Context, inputs: dict[str, Any]) -> Path:
 def _gptq(context: Context, inputs: dict[str, Any], progress: ProgressFn) -> Made:
     out = artifact_folder(context, inputs)
     if not _stands(context, out):
+        check_formats(context.recipe, context.folder("download"))
         quantize_checkpoint(gptq_job(context, out), progress)
     return _made(context, out)
 

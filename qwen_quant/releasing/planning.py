@@ -15,9 +15,10 @@ from qwen_quant.hub.download import SOURCES, parse_repo
 from qwen_quant.hub.failures import client_errors
 from qwen_quant.hub.plan_files import select
 from qwen_quant.plan import make_plan
-from qwen_quant.releasing.making import DOWNLOAD, artifact_folder, bnb_job, gptq_job, local_source
+from qwen_quant.releasing.ahead import check_formats
+from qwen_quant.releasing.making import DOWNLOAD, artifact_folder, bnb_job, gptq_job
 from qwen_quant.releasing.records import Record, file_facts, read_record, why_run
-from qwen_quant.releasing.settings import ReleaseRecipe, targets_of
+from qwen_quant.releasing.settings import ReleaseRecipe, local_source, targets_of
 from qwen_quant.releasing.stage import Context, Stage
 from qwen_quant.units import format_bytes, format_seconds
 
@@ -156,6 +157,7 @@ def _predict_fetch(recipe: ReleaseRecipe) -> Prediction:
 
 def _predict_gptq(context: Context, stage: Stage) -> Prediction:
     """`qwen-quant plan`: one block of each kind is timed."""
+    check_formats(context.recipe, context.folder("download"))
     found = make_plan(gptq_job(context, artifact_folder(context, stage.inputs(context))))
     return Prediction(found.seconds, found.peak_memory_bytes, found.disk_bytes, found.output_bytes)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_quant.checkpoint.reader import file_sha256
+from qwen_quant.data import bundled_path
 from qwen_quant.errors import InputError, UsageError
 from qwen_quant.hub.push_formats import FormatTarget, parse_targets
 from qwen_quant.profiling.protocol import ProfileConfig
@@ -17,6 +18,7 @@ KINDS = ("gptq", "bnb")
 SOURCES = ("hf", "modelscope")
 LANGUAGES = ("en", "zh", "both")
 _NOWHERE = "no/repository"
+BUNDLED_PREFIX = "bundled:"
 PROFILED = ("both", "artifact", "none")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -118,6 +120,14 @@ class ReleaseRecipe:
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)
+
+
+def local_source(model: str) -> Path | None:
+    """The folder of a model that needs no hub: "bundled:NAME" or an existing folder; None for a hub id."""
+    if model.startswith(BUNDLED_PREFIX):
+        return bundled_path(model.removeprefix(BUNDLED_PREFIX))
+    folder = Path(model).expanduser()
+    return folder.absolute() if folder.is_dir() else None
 
 
 def check_repo(repo: str) -> None:
