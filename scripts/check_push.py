@@ -1,4 +1,4 @@
-"""What a push at the end of a release asks for, checked before its first stage: python scripts/check_push.py RECIPE REPO
+"""What the push of a release asks for, checked before its first stage: python scripts/check_push.py RECIPE REPO
 
 REPO may be "": the recipe's then. Exits with the error's code.
 """

@@ -35,6 +35,7 @@ SOURCE, TARGET = "demo-org/Tiny-Qwen3", "demo-org/Tiny-Qwen3-GPTQ-Int4"
 SOURCE_CARD = "---\nlicense: apache-2.0\nlanguage: [en]\npipeline_tag: text-generation\n---\n# Tiny-Qwen3\n"
 INPUTS = {"repo": TARGET, "push": "true", "upload_model": "false", "runner": "here"}
 NOT_HERE = ("Install", "Install what the formats of the recipe need")
+PROGRAMS = {"qwen-quant": f"{sys.executable} -m qwen_quant", "python": sys.executable}  # of .venv/bin
 CONDITIONS = {  # as they stand in the workflow, for this run: the secret is there, push is ticked, all steps succeed
     "always()": True,
     "inputs.push": True,
@@ -68,8 +69,7 @@ def run_steps(place: Path, hub: Hub) -> None:
         print(f"\n== {step['name']}", flush=True)
         own = {name: fill(value, values) for name, value in step.get("env", {}).items()}
         started = time.perf_counter()
-        command = fill(step["run"], values).replace(".venv/bin/qwen-quant", f"{sys.executable} -m qwen_quant")
-        command = command.replace(".venv/bin/python", sys.executable)
+        command = re.sub(r"\.venv/bin/([\w-]+)", lambda found: PROGRAMS[found[1]], fill(step["run"], values))
         subprocess.run(["bash", "-e", "-c", command], cwd=ROOT, env=environment | own, check=True)
         print(f"   ({time.perf_counter() - started:.1f} s)", flush=True)
 

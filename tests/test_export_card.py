@@ -72,6 +72,14 @@ def test_commands_and_metadata_of_each_format(export: Path, name: str) -> None:
     assert "kl_divergence" in results and "largest difference 0)" in card.text
 
 
+def test_a_local_calibration_text_is_named_with_its_hash(export: Path) -> None:
+    source = json.loads((export / "qwen-quant.json").read_text())["source"]
+    source["manifest"]["calibration"]["source"] = "/home/me/wiki.txt"
+    change(export, source=source)
+    text = make_card(export, CardRequest("both", "me/X")).read_text()
+    assert text.count("`wiki.txt`") == 2 and text.count(f"`{'ca' * 32}`") == 2 and "/home/me" not in text
+
+
 def test_an_asymmetric_export_gets_no_command_that_fails(export: Path) -> None:
     grid = {"source_kind": "gptq", "bits": 4, "group_size": 32, "sym": False, "act_order": False}
     for name, word in (("compressed-tensors", "AutoModelForCausalLM"), ("gptq_v2", "vllm serve")):

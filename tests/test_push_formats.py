@@ -285,7 +285,8 @@ def test_a_split_gguf(artifact: Path, tmp_path: Path) -> None:
     shutil.copyfile(artifact / "report.json", folder / "report.json")
     made = read_reencoded(folder)
     make_card(folder, CardRequest("en", GGUF))
-    assert len(names) > 1 and f"--hf-file {names[0]}" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert len(names) > 1 and f"--hf-file {names[0]}" in card and "--max-shard-size 200000" in card
     assert [row.rule for row in check_reencoded(folder, made) if row.severity == "error"] == []
     upload_files(folder, HUB_FORMATS["gguf"].own)
     (folder / names[-1]).unlink()

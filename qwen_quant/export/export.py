@@ -262,6 +262,7 @@ def _manifest(ready: _Ready, result: ExportResult) -> dict[str, Any]:
         "quantization": {key: values[key] for key in grid},
         "rest": ready.job.rest,
         "max_shard_size_bytes": ready.job.run.max_shard_size_bytes,
+        "split_bytes": ready.job.split_bytes,
         **{key: values[key] for key in kept},
         "versions": versions(),
         "companions": {"left_behind": values["left_behind"]},

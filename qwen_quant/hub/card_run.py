@@ -191,14 +191,14 @@ def reproduce_section(facts: CardFacts, language: str) -> list[str]:
     return [*parts, *private_inputs(facts.made, language)]
 
 
-def private_inputs(made: Made, language: str) -> list[str]:
-    """How to recognize what of the command's input is a local file."""
+def private_inputs(made: Made, language: str, *, text_key: str = "reproduce_text") -> list[str]:
+    """How to recognize what of the command's input is a local file; `text_key` is the sentence about the text."""
     parts = []
     if not HUB_ID.fullmatch(made.source_id):
         parts.append(say(language, "reproduce_source", sha256=weights_sha256_of(made.source_sha256)))
     if made.calibration is not None and made.calibration.source != "bundled":
         text = code(PurePath(made.calibration.source).name)
-        parts.append(say(language, "reproduce_text", text=text))
+        parts.append(say(language, text_key, text=text, sha256=made.calibration.sha256))
     return parts
 
 

@@ -180,11 +180,12 @@ def _reproduce(facts: ExportFacts, language: str) -> list[str]:
         command = ["qwen-quant", "export", source, out, "--format", made.format]
         command += ["--rest", made.rest] if made.rest else []
         command += [] if made.exact or not made.inexact else ["--allow-inexact"]
-    size = made.max_shard_size_bytes
-    command += [] if size in (None, RunConfig().max_shard_size_bytes) else ["--max-shard-size", str(size)]
+    size = made.split_bytes if made.format == "gguf" else made.max_shard_size_bytes
+    usual = None if made.format == "gguf" else RunConfig().max_shard_size_bytes  # a GGUF is one file by default
+    command += [] if size in (None, usual) else ["--max-shard-size", str(size)]
     parts.append(fence("bash", "\n".join([*commands, shlex.join(command)])))
     if made.origin is not None:
-        return [*parts, *private_inputs(made.origin, language)]
+        return [*parts, *private_inputs(made.origin, language, text_key="reproduce_text_of")]
     local = not HUB_ID.fullmatch(made.source_id) and len(made.measured_sha256) > 1
     return [*parts, *([say(language, "reproduce_local", sha256=made.measured_sha256[1])] if local else [])]
 

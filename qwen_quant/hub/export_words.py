@@ -122,6 +122,10 @@ EXPORT_TEXTS: dict[str, tuple[str, str]] = {
         "The commands that give these files again, with the same weights on the same kind of machine and versions.",
         "依次执行以下命令即可重新得到这些文件；在同类机器和相同软件版本下，权重一致。",
     ),
+    "reproduce_text_of": (
+        "The calibration text {text} is a local file; its token ids have the sha256 `{sha256}`.",
+        "校准文本 {text} 为本地文件，其 token id 的 sha256 为 `{sha256}`。",
+    ),
     "reproduce_local": (
         "The artifact is a local folder; its weights have the sha256 `{sha256}`.",
         "原量化模型来自本地目录，其权重的 sha256 为 `{sha256}`。",

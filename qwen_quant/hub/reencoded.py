@@ -46,6 +46,7 @@ class Reencoded:
         notes: what somebody who loads it should know, in the tool's words.
         weights_sha256: of these files. measured_sha256: of these and of all that they were re-encoded from.
         origin: how the weights were quantized; None where that was another tool, or they are not quantized.
+        max_shard_size_bytes: of files, None where not known; split_bytes: of a GGUF that was split, None for one file.
         files: names of all files. source_files_sha256: see `manifest.files_sha256` ("" for a source without manifest).
     """
 
@@ -70,6 +71,7 @@ class Reencoded:
     files: tuple[str, ...]
     source_files_sha256: str
     max_shard_size_bytes: int | None
+    split_bytes: int | None
 
     @property
     def quantized(self) -> bool:
@@ -164,6 +166,7 @@ def _export(manifest: dict[str, Any]) -> Reencoded:
         files=tuple(hashes),
         source_files_sha256=str(source.get("files_sha256", "")),
         max_shard_size_bytes=manifest.get("max_shard_size_bytes"),
+        split_bytes=manifest.get("split_bytes"),
     )
 
 
@@ -211,4 +214,5 @@ def _conversion(folder: Path, manifest: dict[str, Any]) -> Reencoded:
         files=tuple(hashes),
         source_files_sha256="",
         max_shard_size_bytes=None,
+        split_bytes=None,
     )
