@@ -12,11 +12,12 @@ BENCH_ARGS ?=
 FORMAT ?=
 INTEROP_ARGS ?=
 PEER_VENV ?= .venv-peer
+BNB_PYTHON ?=
 SHARED ?= ../shared
 BENCH ?= .bench
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv demo release-demo test lint bench interop clean
+.PHONY: help venv demo release-demo test lint bench interop interop-tests clean
 
 help:
 	@echo "make demo     quantize the checkpoint shipped with the package and compare it with BF16"
@@ -25,6 +26,7 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make bench    side by side against peers (fetches the peer's own environment)"
 	@echo "make interop  other tools load what we write (fetches their environments); FORMAT=gguf for one format"
+	@echo "make interop-tests  its tests alone; BNB_PYTHON=... for a Python with bitsandbytes that is there"
 	@echo "make clean    remove build and test leftovers (keeps $(VENV))"
 
 venv: $(INSTALLED)
@@ -72,13 +74,20 @@ $(BENCH)/exportlib/onnx/__init__.py: $(INSTALLED)
 	  gguf==0.19.0 mlx==0.32.4 mlx-cpu==0.32.4 openvino==2026.4.1 openvino-tokenizers==2026.4.1.0 openvino-telemetry==2025.2.0 \
 	  onnx==1.23.2 ml_dtypes==0.6.0 protobuf==7.36.2
 
+# Artifacts rather than exports: those of gptq in GPTQModel, those of bnb in bitsandbytes (BNB_PYTHON: a Python that has it).
+INTEROP_TESTS = $(if $(BNB_PYTHON),,$(VENV)/bin/python scripts/interop/environments.py bitsandbytes .venv-interop &&) \
+  QWEN_QUANT_BNB_PYTHON=$(abspath $(or $(BNB_PYTHON),.venv-interop/bitsandbytes/bin/python)) \
+  QWEN_QUANT_PEER_PYTHON=$(abspath $(PEER_VENV))/bin/python $(VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS)
+
+# A row or test that fails stops none of the others.
 interop: $(INSTALLED) $(PEER_VENV)/bin/python $(BENCH)/int4/config.json $(BENCH)/exportlib/onnx/__init__.py
 	mkdir -p .venv-interop && ln -sfn $(abspath $(PEER_VENV)) .venv-interop/gptqmodel
-	PYTHONPATH=.:$(BENCH)/exportlib $(VENV)/bin/python scripts/interop.py --artifact smol-135M=$(BENCH)/int4 \
-	  --work $(BENCH)/interop $(if $(FORMAT),--format $(FORMAT)) $(INTEROP_ARGS)
-	$(if $(FORMAT),,$(VENV)/bin/python scripts/interop/environments.py bitsandbytes .venv-interop)
-	$(if $(FORMAT),,QWEN_QUANT_BNB_PYTHON=$(CURDIR)/.venv-interop/bitsandbytes/bin/python \
-	  QWEN_QUANT_PEER_PYTHON=$(abspath $(PEER_VENV))/bin/python $(VENV)/bin/python -m pytest -m interop $(PYTEST_ARGS))
+	status=0; PYTHONPATH=.:$(BENCH)/exportlib $(VENV)/bin/python scripts/interop.py --artifact smol-135M=$(BENCH)/int4 \
+	  --work $(BENCH)/interop $(if $(FORMAT),--format $(FORMAT)) $(INTEROP_ARGS) || status=$$?; \
+	$(if $(FORMAT),,{ $(INTEROP_TESTS); } || status=$$?;) exit $$status
+
+interop-tests: $(INSTALLED) $(PEER_VENV)/bin/python
+	$(INTEROP_TESTS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(DEMO_OUT) $(RELEASE_DEMO_OUT)
