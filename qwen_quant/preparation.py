@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -24,6 +26,8 @@ from qwen_quant.packing import SUFFIXES, packed_specs
 from qwen_quant.recipe import CalibrationConfig, GPTQConfig, RunConfig
 from qwen_quant.resume import WorkFolder
 from qwen_quant.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,16 @@ def plan_tensors(reader: CheckpointReader, accounting: Accounting, config: GPTQC
     return planned
 
 
+def _calibration(job: QuantizeJob, spec: ModelSpec) -> CalibrationSet:
+    """The calibration set, with a warning where its rows are longer than the model was made for."""
+    found, limit = load_calibration(job.calibration, load_tokenizer(job.model)), spec.trained_length
+    if limit is None or found.input_ids.shape[1] <= limit:
+        return found
+    line = f"rows of {found.input_ids.shape[1]} calibration tokens are longer than the {limit} of config.json"
+    logger.warning("%s", line)
+    return dataclasses.replace(found, warnings=(*found.warnings, line))
+
+
 def prepare(job: QuantizeJob, *, writing: bool = True) -> Prepared:
     """Read and check everything a run needs; nothing is written. `writing` is False for a mere plan."""
     if writing:
@@ -135,7 +149,7 @@ def prepare(job: QuantizeJob, *, writing: bool = True) -> Prepared:
     skeleton = Skeleton(spec, device, compute_dtype(device))
     accounting = account(spec, reader, expected_tensors(skeleton.model))
     shards = plan_shards(plan_tensors(reader, accounting, job.gptq), job.run.max_shard_size_bytes)
-    calibration = load_calibration(job.calibration, load_tokenizer(job.model))
+    calibration = _calibration(job, spec)
     need = footprint(spec, reader, job.gptq, (calibration.input_ids.shape[0], calibration.input_ids.shape[1]))
     if writing:
         check_fits(need)

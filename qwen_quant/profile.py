@@ -204,8 +204,8 @@ def _warnings(machine: dict[str, Any], specs: dict[str, ModelSpec], measurements
         if m.extrapolated:
             found.append(f"{where}: stopped by --max-seconds, extrapolated from {m.measured_tokens} tokens")
     for name, spec in specs.items():
-        most = spec.text_config.get("max_position_embeddings")
+        most = spec.trained_length
         longest = max((m.cell.context_tokens + m.cell.new_tokens - 1 for m in measurements), default=0)
-        if isinstance(most, int) and longest > most:
+        if most is not None and longest > most:
             found.append(f"{name}: {longest} tokens are more than its {most} positions: speed only, the text is no use")
     return found

@@ -2,22 +2,26 @@
 
 `.{OUT}.partial/` holds `artifact/` (the output being built) and `state/`: what the run was asked to do (run.json), how
 many blocks are done with their statistics (progress.json, replaced atomically) and the hidden states that enter the
-next block (two sets of files, written alternately, so that the last complete set is never overwritten).
+next block (two sets of files, written alternately, so that the last complete set is never overwritten). One process at
+a time works in it: a lock says so, which the system takes off a process that ends, however it ends.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qwen_quant.errors import InputError
 
 PROGRESS_FILE = "progress.json"
 RUN_FILE = "run.json"
+LOCK_FILE = "lock"
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
@@ -36,6 +40,7 @@ class WorkFolder:
     """The folder of an unfinished run of `out`."""
 
     out: Path
+    _held: list[IO[str]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def root(self) -> Path:
@@ -68,8 +73,10 @@ class WorkFolder:
             Errors: InputError naming the difference when the earlier run was asked for something else.
         """
         run = json.loads(json.dumps(run))
-        if self.root.exists() and not resume:
-            shutil.rmtree(self.root)
+        self._claim()
+        if not resume:
+            for place in (self.artifact, self.state):
+                shutil.rmtree(place, ignore_errors=True)
         earlier = self._read(RUN_FILE)
         if earlier is not None and earlier != run:
             raise InputError(
@@ -102,6 +109,24 @@ class WorkFolder:
                 f"cannot write to {self.out.parent}", error.strerror or str(error), "give another OUT"
             ) from error
 
+    def _claim(self) -> None:
+        """Make the folder and lock it (InputError when another process works in it)."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = open(self.root / LOCK_FILE, "w", encoding="utf-8")  # noqa: SIM115 (held until the run ends)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {self.out.parent}", error.strerror or str(error), "give another OUT"
+            ) from error
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
+                raise InputError(
+                    f"another run is writing {self.out}", f"it works in {self.root}", "wait for it, or give another OUT"
+                ) from error
+        self._held.append(handle)
+
     def holds_other(self, run: dict[str, Any]) -> bool:
         """Whether an unfinished run lies there that was asked for something else than `run`."""
         earlier = self._read(RUN_FILE)
@@ -133,6 +158,8 @@ class WorkFolder:
             os.rename(self.out, old)
         os.rename(self.artifact, self.out)
         shutil.rmtree(self.root)
+        while self._held:
+            self._held.pop().close()
         if old.is_dir():
             shutil.rmtree(old)
         elif old.exists():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,25 @@ def test_activation_store(in_file: bool, tmp_path: Path) -> None:
     again.restore(tmp_path / "states.bin")
     assert torch.equal(again.load(0, 5), values.bfloat16())
     assert (tmp_path / "states.bin").stat().st_size == store.nbytes == 120
+
+
+def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
+    """A second one is refused, whether it would continue or start over; an ended process holds nothing."""
+    code = (
+        "import sys; from pathlib import Path; from qwen_quant.resume import WorkFolder\n"
+        "work = WorkFolder(Path(sys.argv[1])); work.open({}, resume=True); (work.state / 'mine').touch()\n"
+        "print('open', flush=True); sys.stdin.read()"
+    )
+    command, out = [sys.executable, "-c", code, str(tmp_path / "out")], tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"open\n"
+        for resume in (True, False):
+            with pytest.raises(InputError, match="another run is writing"):
+                WorkFolder(out).open({}, resume=resume)
+        assert (WorkFolder(out).state / "mine").exists()
+        other.kill()
+    assert WorkFolder(out).open({}, resume=True)["blocks_done"] == 0
 
 
 def test_work_folder_names_every_difference(tmp_path: Path) -> None:

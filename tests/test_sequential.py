@@ -254,6 +254,12 @@ def test_existing_output(model: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_rows_longer_than_the_model_was_made_for_are_said(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", max_position_embeddings=48)
+    result = quantize(model, tmp_path / "out")
+    assert "rows of 64 calibration tokens are longer than the 48 of config.json" in result.warnings
+
+
 def test_force_never_replaces_the_source(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "in" / "model")
     for out in (model, tmp_path / "in"):

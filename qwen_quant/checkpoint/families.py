@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+_LENGTH_KEYS = ("max_position_embeddings", "seq_length", "n_positions")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A checkpoint's architecture: the family row and its config.json (both as read), and what stands in each block."""
@@ -46,6 +49,11 @@ class ModelSpec:
     def text_config(self) -> dict[str, Any]:
         """The part of config.json that describes the text decoder."""
         return _text_config(self.config)
+
+    @property
+    def trained_length(self) -> int | None:
+        """The context length that config.json promises, in tokens (None: it promises none)."""
+        return next((value for key in _LENGTH_KEYS if isinstance(value := self.text_config.get(key), int)), None)
 
     @property
     def stream_copies(self) -> int:

@@ -37,7 +37,6 @@ from qwen_quant.tokenizer import Tokenizer, load_tokenizer
 RUN_FILE = "run.json"
 _MUST_AGREE = ("vocab_size", "hidden_size", "num_hidden_layers")
 _SAME_FUNCTION = ({"qwen", "qwen2"},)  # what `convert` re-labels
-_MAX_LENGTH_KEYS = ("max_position_embeddings", "seq_length", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def _check_pair(baseline: WeightSource, quantized: WeightSource) -> None:
     types = [str(source.spec.config.get("model_type")) for source in (baseline, quantized)]
     alike = len(set(types)) == 1 or set(types) in _SAME_FUNCTION
     for key in _MUST_AGREE if alike else ("model_type", *_MUST_AGREE):
-        left, right = baseline.spec.config.get(key), quantized.spec.config.get(key)
+        left, right = ({**s.spec.text_config, **s.spec.config}.get(key) for s in (baseline, quantized))
         if left != right:
             raise InputError(
                 f"{baseline.folder} and {quantized.folder} cannot be compared",
@@ -79,13 +78,8 @@ def _common_ids(tokenizers: tuple[Tokenizer, Tokenizer], text: str) -> list[int]
     return left
 
 
-def trained_length(config: dict[str, Any]) -> int | None:
-    """The context length that config.json promises, in tokens (None: it promises none)."""
-    return next((int(config[key]) for key in _MAX_LENGTH_KEYS if isinstance(config.get(key), int)), None)
-
-
 def _check_window(config: ValidationConfig, source: WeightSource) -> None:
-    limit = trained_length(source.spec.config)
+    limit = source.spec.trained_length
     if limit is not None and config.window_tokens > limit:
         raise InputError(
             f"a window of {config.window_tokens} tokens is longer than {source.folder} was made for",
@@ -104,7 +98,7 @@ def _parts(config: ValidationConfig, sources: tuple[WeightSource, WeightSource])
         windows = windows_of(ids[-1], config.window_tokens, config.max_windows, config.stride)
         text_sets.append(windows)
         byte_counts.append(scored_bytes(windows, tokenizers[0].decode))
-    lengths, warnings = _length_sets(config, ids[0], trained_length(sources[0].spec.config))
+    lengths, warnings = _length_sets(config, ids[0], sources[0].spec.trained_length)
     return _Parts(texts, text_sets, lengths, byte_counts, warnings)
 
 
