@@ -1,4 +1,4 @@
-"""What has to be said to the C library and OpenMP before torch is loaded. Costs nothing and changes no result.
+"""What has to be said to the C library, OpenMP and the system first. Costs nothing and changes no result.
 
 Measured on 2 cores (README): with torch's OpenMP threads spinning between operations, OpenBLAS, which numpy calls for
 X^T X, gets half a processor; and freed activations that go back to the kernel are faulted in anew a moment later.
@@ -6,14 +6,24 @@ X^T X, gets half a processor; and freed activations that go back to the kernel a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import signal
 import sys
 
 OPENMP_SPINS = "1000"  # then a waiting thread sleeps
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's mallopt, malloc.h
+PR_SET_PDEATHSIG = 1  # prctl(2)
 KEPT_BYTES = 256 << 20  # freed memory that stays with the process
 LARGEST_POOLED_BYTES = 32 << 20  # the largest threshold glibc takes
+
+
+def end_with_parent() -> None:
+    """Let the system kill this process when the one that started it ends, however it ends (Linux)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def tune_process() -> None:

@@ -7,7 +7,7 @@ this by `qwen-quant profile` or `python -m qwen_quant`: a script in this folder 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
 from qwen_quant.checkpoint.identity import weights_sha256
 from qwen_quant.environment import inspect_environment, package_versions
 from qwen_quant.errors import InputError
+from qwen_quant.profiling.journal import Ask, Journal
 from qwen_quant.profiling.parent import ask
 from qwen_quant.profiling.protocol import Cell, ProfileConfig, planned_cells
 from qwen_quant.profiling.published import matching, published_figures
@@ -34,8 +35,6 @@ from qwen_quant.profiling.roofline import MeanCache, roofline
 from qwen_quant.profiling.timing import Timing, latency_curve, percentile, spread, total_seconds
 from qwen_quant.progress import ProgressFn, no_progress
 
-Ask = Callable[[dict[str, Any]], dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -51,10 +50,12 @@ def profile_models(
     progress: ProgressFn = no_progress,
     *,
     ask_child: Ask = ask,
+    unfinished: Path | None = None,
 ) -> ProfileResult:
     """Measure every cell of every model; the first model is what the others are compared with.
 
-    A cell that runs out of memory, or fails, says so and the next one is measured.
+    A cell that runs out of memory, or fails, says so and the next one is measured. Measurements are kept in the folder
+    `unfinished` until the caller, who has written the result, removes it: an interrupted run continues from there.
 
     Errors: InputError for a folder that is no checkpoint of a known family, two models of one name, or no such device.
     """
@@ -68,13 +69,14 @@ def profile_models(
     progress("memory bandwidth", 0, steps)
     settings = asdict(config)
     machine = ask_child({"task": "bandwidth", "settings": settings})
+    measure = Journal(ask_child, unfinished, _identity(facts))
     rate = float(machine.get("bytes_per_second", 0.0))
     measurements = []
     for subject in subjects:
         for cell in cells:
             progress(f"{subject.name}: {cell.label}, {cell.kv_cache} cache", done, steps)
             request = {"task": "measure", "folder": str(subject.folder), "cell": asdict(cell), "settings": settings}
-            measurements.append(measurement(subject.name, cell, ask_child(request), rate))
+            measurements.append(measurement(subject.name, cell, measure(request), rate))
             done += 1
     progress("done", steps, steps)
     return ProfileResult(
@@ -87,7 +89,7 @@ def profile_models(
         threads=machine.get("threads", 0),
         bandwidth_bytes_per_second=rate,
         config=config,
-        warnings=tuple(_warnings(machine, specs, measurements)),
+        warnings=(*_warnings(machine, specs, measurements), *_reused(measure.reused, len(measurements))),
         versions=package_versions(),
         seconds=time.monotonic() - started,
     )
@@ -180,6 +182,14 @@ def _facts(subject: Subject) -> ModelFacts:
 
     source = WeightSource(subject.folder)
     return ModelFacts(subject.name, str(subject.folder), source.kind, source.nbytes, weights_sha256(subject.folder))
+
+
+def _identity(facts: Sequence[ModelFacts]) -> dict[str, Any]:
+    return {"versions": package_versions(), "weights": {fact.folder: fact.sha256 for fact in facts}}
+
+
+def _reused(count: int, total: int) -> list[str]:
+    return [f"{count} of {total} measurements are of an earlier run that was interrupted"] if count else []
 
 
 def _published(

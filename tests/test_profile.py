@@ -6,6 +6,9 @@ import json
 import math
 import signal
 import struct
+import subprocess
+import sys
+import time
 import xml.dom.minidom
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -465,6 +468,33 @@ def test_a_fresh_process_measures_and_its_memory_limit_is_a_result(folder: Path)
     assert found["status"] == OOM and found["reason"]
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_measurement_ends_with_the_process_that_asked() -> None:
+    """Also when that one is killed with SIGKILL, which it cannot pass on."""
+    inner = "import sys, time; from qwen_quant.process import end_with_parent; end_with_parent(); print(1, flush=True)"
+    outer = (
+        "import subprocess, sys\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {inner + '; time.sleep(60)'!r}], stdout=subprocess.PIPE)\n"
+        "p.stdout.readline(); print(p.pid, flush=True); p.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE) as parent_process:
+        assert parent_process.stdout is not None
+        pid = int(parent_process.stdout.readline())
+        parent_process.kill()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and runs(pid):
+        time.sleep(0.02)
+    assert not runs(pid)
+
+
 def test_bad_input_in_the_child_is_an_error_here(tmp_path: Path, no_limit: None) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
     with pytest.raises(InputError, match="nosuch"):
@@ -618,7 +648,7 @@ def test_bad_models_are_refused_before_anything_is_measured(pair: list[Subject],
 def fake_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeChild:
     fake = FakeChild(failed=Cell(1, 9))
     real = profile.profile_models
-    monkeypatch.setattr(profile, "profile_models", lambda *args: real(*args, ask_child=fake))
+    monkeypatch.setattr(profile, "profile_models", lambda *args, **named: real(*args, **named, ask_child=fake))
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -634,6 +664,31 @@ def test_the_command(fake_child: FakeChild, pair: list[Subject], capsys: pytest.
     assert cli.run(["profile", *models, "--new-tokens", "5", "--force", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["command"] == "profile" and len(document["measurements"]) == 2
+
+
+def test_an_interrupted_profile_keeps_what_it_measured(
+    fake_child: FakeChild, pair: list[Subject], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [str(subject.folder) for subject in pair]
+    fake_child.oom = Cell(1, 50)
+    answered, ask = [], FakeChild.__call__
+
+    def stopped(self: FakeChild, request: dict[str, Any]) -> dict[str, Any]:
+        answered.append(request)
+        if len(answered) == 5:  # bandwidth, three cells of a, one of b
+            raise KeyboardInterrupt
+        return ask(self, request)
+
+    with monkeypatch.context() as context:
+        context.setattr(FakeChild, "__call__", stopped)
+        assert cli.run(["profile", *models, "--new-tokens", "5,50,6"]) == 130
+    assert [path.name for path in Path("profile").iterdir()] == [".profile.partial"]
+    fake_child.requests.clear()
+    assert cli.run(["profile", *models, "--new-tokens", "5,50,6"]) == 0
+    asked = [(request["folder"], request["cell"]["new_tokens"]) for request in fake_child.requests[1:]]
+    assert asked == [(models[0], 50), *((models[1], tokens) for tokens in (5, 50, 6))], "oom is tried again"
+    assert "2 of 6 measurements are of an earlier run" in capsys.readouterr().out
+    assert not Path("profile/.profile.partial").exists()
 
 
 def test_a_failed_cell_is_shown_with_the_others_and_exits_1(

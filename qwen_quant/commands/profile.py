@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -82,7 +83,8 @@ def profile(
     """How fast is a model on this machine, and how much memory does it take?
 
     Without a sweep, the protocol of the published Qwen tables: 2048 and 8192 tokens from one context token, and 2048
-    context tokens plus one. Each measurement runs in a process of its own; out of memory is a result ("oom").
+    context tokens plus one. Each measurement runs in a process of its own; out of memory is a result ("oom"). An
+    interrupted run continues when the same command is run again.
 
     \b
     Examples:
@@ -114,11 +116,13 @@ def profile(
     subjects = _subjects(models, output)
 
     from qwen_quant.profile import profile_models
+    from qwen_quant.profiling.journal import FOLDER
     from qwen_quant.profiling.page import write_outputs
 
     with running(output) as progress:
-        result = profile_models(subjects, config, progress)
+        result = profile_models(subjects, config, progress, unfinished=report / FOLDER)
     written = write_outputs(result, report, png=png)
+    shutil.rmtree(report / FOLDER, ignore_errors=True)
     note(f"wrote {', '.join(str(path) for path in written)}", output)
     show(Report("profile", to_json(result), _parts(result)), output, _failure(result))
     if (failure := _failure(result)) is not None:

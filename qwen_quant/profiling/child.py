@@ -26,7 +26,7 @@ from qwen_quant.environment import memory_bytes
 from qwen_quant.errors import QwenQuantError
 from qwen_quant.kv_cache import PLAIN, STORED, make_cache
 from qwen_quant.models.skeleton import compute_dtype
-from qwen_quant.process import tune_process
+from qwen_quant.process import end_with_parent, tune_process
 from qwen_quant.profiling.cache_size import CacheSize, cache_dtype, cache_size
 from qwen_quant.profiling.energy import energy_meter, joules_between
 from qwen_quant.profiling.memory import (
@@ -294,6 +294,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Read the request, answer it, write the answer (renamed into place: half an answer is none)."""
     request_path, answer_path = map(Path, arguments)
+    end_with_parent()
     tune_process()
     text = json.dumps(answer(json.loads(request_path.read_text(encoding="utf-8"))))
     partial = answer_path.with_suffix(".partial")

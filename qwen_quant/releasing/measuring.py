@@ -23,6 +23,7 @@ from qwen_quant.evaluation.report import HTML_FILE, JSON_FILE, layers_of, read_r
 from qwen_quant.evaluation.tasks import TaskRun
 from qwen_quant.evaluation.texts import BUNDLED_TEXTS
 from qwen_quant.profile import Subject, profile_models
+from qwen_quant.profiling.journal import FOLDER
 from qwen_quant.profiling.page import write_outputs
 from qwen_quant.profiling.results import FAILED, ProfileResult
 from qwen_quant.progress import ProgressFn
@@ -153,10 +154,11 @@ def _profile(context: Context, inputs: dict[str, Any], progress: ProgressFn) -> 
     subjects = [Subject(artifact_name(context.recipe), context.folder(quantizer(context)))]
     if context.recipe.release.profile == "both":
         subjects.insert(0, Subject(source_name(context), context.folder("download")))
-    measured = profile_models(subjects, context.recipe.profile, progress)
+    measured = profile_models(subjects, context.recipe.profile, progress, unfinished=context.work / FOLDER)
     named = tuple(dataclasses.replace(model, folder=model.name) for model in measured.models)
     result, out = dataclasses.replace(measured, models=named), context.work / PROFILE_FOLDER
     written = write_outputs(result, out)
+    shutil.rmtree(context.work / FOLDER, ignore_errors=True)
     figures = {"tokens_per_second": _speeds(result), "ratios": to_json(result.ratios)}
     names = tuple(path.name for path in written)
     return Made(out, names, figures=figures, summary=_speed_summary(result), error=_failed(result))
