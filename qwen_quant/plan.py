@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 from qwen_quant.activations import ActivationStore
 from qwen_quant.block import quantize_block
 from qwen_quant.block_solver import BlockRun, Stream, embed
+from qwen_quant.environment import free_disk_bytes, memory_bytes
 from qwen_quant.gptq import QuantizedWeight, SolveStats, quantize_weight, round_weight
 from qwen_quant.hessian import HessianAccumulator
 from qwen_quant.memory import Footprint, one_of_each_linear
@@ -114,6 +118,18 @@ def _timing_config(config: GPTQConfig) -> GPTQConfig:
     return dataclasses.replace(config, expert_min_tokens=0, expert_policy="round")
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No warnings: what a few rows under `_timing_config` meet says nothing of the run."""
+    log = logging.getLogger("qwen_quant")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _timed_block(ready: Prepared, layer: int) -> tuple[float, float, int]:
     """(solver seconds, other seconds per row of both streams, rows timed) of block `layer`, run for real."""
     tokens = ready.calibration.input_ids.shape[1]
@@ -132,7 +148,8 @@ def _timed_block(ready: Prepared, layer: int) -> tuple[float, float, int]:
         prefix, context, skeleton.device, skeleton.dtype, _timing_config(ready.job.gptq), solve=clock, ids=ids
     )
     started = time.perf_counter()
-    quantize_block(run, ready.spec.blocks[layer], streams, [stream.states for stream in streams])
+    with _silent():
+        quantize_block(run, ready.spec.blocks[layer], streams, [stream.states for stream in streams])
     if skeleton.device.type == "cuda":
         torch.cuda.synchronize()
     total = time.perf_counter() - started
@@ -167,6 +184,7 @@ def estimate(ready: Prepared) -> PlanEstimate:
         f"predicted: {host / 2**30:.2f} GiB RAM" + (f", {vram / 2**30:.2f} GiB VRAM" if vram else ""),
         f"{need.disk_bytes / 2**30:.2f} GiB disk while running, {need.output_bytes / 2**30:.2f} GiB output",
         f"about {format_seconds(seconds)} ({block:.1f} s a block, timed on {tokens} tokens)",
+        f"free here: {memory_bytes()[1] / 2**30:.2f} GiB RAM, {free_disk_bytes(ready.work.out) / 2**30:.2f} GiB disk",
     )
     bound = bound_bytes(ready)
     sizes = (host, vram, bound, need.disk_bytes, need.output_bytes, need.hidden_state_bytes)

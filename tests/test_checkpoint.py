@@ -123,6 +123,17 @@ def test_activation_store(in_file: bool, tmp_path: Path) -> None:
     assert (tmp_path / "states.bin").stat().st_size == store.nbytes == 120
 
 
+def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
+    """2 TiB with a hole for its values: a writable map of it would be refused."""
+    size = 2 << 40
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [size // 4, 2], "data_offsets": [0, size]}}).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    found = CheckpointReader(tmp_path).gather_rows("a", torch.tensor([5, size // 8]))
+    assert found.shape == (2, 2) and not found.any()
+
+
 def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
     """A second one is refused, whether it would continue or start over; an ended process holds nothing."""
     code = (

@@ -58,7 +58,9 @@ class TensorInfo:
 def _read_header(path: Path) -> list[TensorInfo]:
     """Every tensor of one safetensors file. Errors: InputError for a truncated, corrupt or foreign file."""
     try:
-        with safe_open(path, framework="pt"):  # the format's own library checks lengths, overlaps and holes
+        # The format's own library checks lengths, overlaps and holes; for torch it would map the file writable, which
+        # a system refuses for a file larger than its memory.
+        with safe_open(path, framework="numpy"):
             pass
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -24,7 +24,7 @@ _NEGATIVE = "-:"
 def safetensors_format(artifact: Artifact) -> Iterator[str]:
     """Every weight file says that its tensors are PyTorch's."""
     for path in artifact.reader.files:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
         if metadata.get("format") != "pt":
             yield f"{path.name} has no metadata {{'format': 'pt'}}"
