@@ -300,8 +300,6 @@ def test_an_interrupted_run_exits_130_and_resumes(tmp_path: Path, qwen2_folder: 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job hands down an ignored SIGINT, and these tests may run in one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 90
     while not (tmp_path / ".out.partial" / "state").exists():
