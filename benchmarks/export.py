@@ -131,13 +131,13 @@ def export_once(source: Path, out: Path, name: str) -> dict[str, Any]:
     return result
 
 
-def measure(source: Path, work: Path, repeats: int) -> dict[str, Any]:
+def measure(source: Path, work: Path, repeats: int, formats: list[str]) -> dict[str, Any]:
     """Copy and every format, `repeats` times in turn."""
     copies: list[float] = []
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in FORMATS}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in formats}
     for _ in range(repeats):
         copies.append(copy_seconds(source, work / "copy"))
-        for name in FORMATS:
+        for name in formats:
             runs[name].append(export_once(source, work / "out", name))
     return {"copy_seconds": copies, "formats": runs}
 
@@ -173,13 +173,16 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with config.json and tokenizer.json")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "export", help="without .json and .md")
     arguments = parser.parse_args()
     source = arguments.work / "14B-Int4"
     if not source.exists():
         write_artifact(source, arguments.blocks, arguments.tokenizer)
     sizes = [path.stat().st_size for path in source.glob("*.safetensors")]
     embedding = expected_embedding_bytes(source)
-    result = measure(source, arguments.work, arguments.repeats)
+    formats = arguments.formats.split(",")
+    result = measure(source, arguments.work, arguments.repeats, formats)
     result |= {
         "machine": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -187,7 +190,7 @@ def main() -> None:
         "source_bytes": sum(sizes),
         "largest_tensor_bytes": embedding,
     }
-    out = HERE / "results" / "export"
+    out = arguments.out
     out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(table(result))
