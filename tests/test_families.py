@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -140,6 +141,16 @@ def test_the_artifact_gives_the_logits_of_its_dequantized_weights(
     with torch.no_grad():
         logits = load_model(result.out)(IDS).logits
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is not None, reason="gptqmodel serves GPTQ folders")
+def test_transformers_loads_the_artifact_as_it_was_written(result: sequential.QuantizeResult) -> None:
+    """With its skip lists, for which transformers' own class wants optimum, and without optimum or gptqmodel."""
+    model = AutoModelForCausalLM.from_pretrained(result.out, dtype=torch.float32)
+    assert len(model.kernel_report.linears) == len(result.layers)
+    with torch.no_grad():
+        ours, expected = model(IDS).logits, load_model(result.out)(IDS).logits
+    assert (ours - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
 def test_evaluation_streams_the_artifact(source: Path, result: sequential.QuantizeResult) -> None:

@@ -48,15 +48,18 @@ class PackedGPTQConfig(GPTQConfig):
     """transformers' settings of a GPTQ folder that forget nothing of what config.json says.
 
     Args:
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4 or 8 (ValueError otherwise, also where config.json has none).
         **settings: the rest of quantization_config.
     """
 
-    def __init__(self, bits: int, **settings: Any) -> None:
+    def __init__(self, bits: int | None = None, **settings: Any) -> None:
         self.stored = {"bits": bits, **copy.deepcopy(settings)}
         self.stored["quant_method"] = METHOD
         settings.pop("quant_method", None)
+        # transformers takes this list for optimum, and raises where that is not installed; nothing here needs either.
+        modules = settings.pop("modules_in_block_to_quantize", None)
         super().__init__(bits, **settings)
+        self.modules_in_block_to_quantize = modules
 
     def to_dict(self) -> dict[str, Any]:
         """quantization_config as it was read."""
