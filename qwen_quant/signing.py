@@ -23,6 +23,7 @@ from qwen_quant.errors import InputError
 SIGNATURE_FILE = "model.sig"
 # As in qwen_quant/verify.py: what is not of the artifact. model-signing leaves git's own files out by itself.
 _IGNORED = (SIGNATURE_FILE, ".cache", ".qwen-quant")
+_MISFIT = "does not fit"
 _GIT = (".gitattributes", ".gitignore")
 _MAKE_KEY = (
     "openssl ecparam -name prime256v1 -genkey -noout -out key.pem && openssl ec -in key.pem -pubout -out key.pub"
@@ -54,13 +55,16 @@ def sign_folder(folder: Path, key: Path) -> Path:
     return folder / SIGNATURE_FILE
 
 
-def verify_signature(folder: Path, key: Path, *, allow_links: bool = False) -> str:
+def verify_signature(
+    folder: Path, key: Path, *, allow_links: bool = False, known: Mapping[str, str] | None = None
+) -> str:
     """Why `model.sig` does not prove that the owner of `key` signed these files, "" when it does.
 
     Args:
         folder: the artifact with its signature.
         key: PEM public key.
         allow_links: whether files may be links, as in the hub's download cache.
+        known: hashes (by name) that were computed a moment ago.
 
     Errors: InputError for a key that cannot be used, or where the extra `sign` is not installed.
     """
@@ -68,7 +72,9 @@ def verify_signature(folder: Path, key: Path, *, allow_links: bool = False) -> s
     _read_key(key)
     with _translated(key):
         library.verifying.Config().use_elliptic_key_verifier(public_key=key)
-    return _reason(library, folder, key, allow_links=allow_links)
+    reason = _reason(library, folder, key, allow_links=allow_links)
+    stale = stale_names(folder, known) if reason.startswith(_MISFIT) else []
+    return f"does not sign {', '.join(stale[:3])} as it is now" if stale else reason
 
 
 def stale_names(folder: Path, known: Mapping[str, str] | None = None) -> list[str]:
@@ -112,8 +118,10 @@ def _library() -> ModuleType:
 
 def check_key(key: Path) -> None:
     """The private key can be used, and the package is there (InputError otherwise)."""
-    _library()
+    library = _library()
     _public_half(_read_key(key))
+    with _translated(key):
+        library.signing.Config().use_elliptic_key_signer(private_key=key)
 
 
 def _read_key(key: Path) -> bytes:
@@ -154,7 +162,7 @@ def _reason(library: ModuleType, folder: Path, public: Path, *, allow_links: boo
     except (ParseError, KeyError, IndexError, TypeError) as error:
         return f"is damaged: {type(error).__name__}: {error}"
     except ValueError as error:
-        return f"does not fit: {str(error).strip()}"
+        return f"{_MISFIT}: {str(error).strip()}"
     return ""
 
 

@@ -213,12 +213,15 @@ def _signature(
 ) -> tuple[SignatureState, list[Problem]]:
     present = (folder / SIGNATURE_FILE).is_file()
     if key is None and present:
-        stale = stale_names(folder, hashes)
+        try:
+            stale = stale_names(folder, hashes)
+        except InputError as error:
+            return "invalid", [Problem(SIGNATURE_FILE, "signature", f"is not a signature: {error.why}")]
         reason = f"does not sign {', '.join(stale[:3])} as it is now"
         return ("not checked", []) if not stale else ("invalid", [Problem(SIGNATURE_FILE, "signature", reason)])
     if key is None:
         return "none", []
     if not present:
         return "none", [Problem(SIGNATURE_FILE, "signature", "is missing, and a key was given to check it with")]
-    reason = verify_signature(folder, key, allow_links=allow_links)
+    reason = verify_signature(folder, key, allow_links=allow_links, known=hashes)
     return ("valid", []) if not reason else ("invalid", [Problem(SIGNATURE_FILE, "signature", reason)])

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qwen_quant import cli
-from qwen_quant.checkpoint.manifest import write_manifest
+from qwen_quant.checkpoint.manifest import seal, write_manifest
 from qwen_quant.errors import InputError
-from qwen_quant.signing import stale_names
+from qwen_quant.signing import check_key, stale_names
 from qwen_quant.verify import check_verified, verify_folder
 from tests.loophub import serve_hub
 from tests.support.pushable import make_pushable, seal_again
@@ -186,6 +186,32 @@ def test_sign_and_verify(artifact: Path, key: Path, tmp_path: Path, capsys: pyte
     flip(artifact / "LICENSE", 0)
     found = verify_folder(artifact, key=public)
     assert found.signature == "invalid" and {p.kind for p in found.problems} == {"changed", "signature"}
+    assert [p.detail for p in found.problems if p.kind == "signature"] == ["does not sign LICENSE as it is now"]
+    code, _, err = run("sign", str(artifact), "--key", str(key), capsys=capsys)
+    assert code == 3 and "LICENSE: changed" in err and "model.sig" not in err
+
+
+@pytest.mark.parametrize("text", ["garbage", "{}", ""])
+def test_a_signature_that_is_outdated_or_none_is_replaced(artifact: Path, key: Path, text: str, capsys) -> None:
+    run("sign", str(artifact), "--key", str(key), capsys=capsys)
+    if text:
+        (artifact / "model.sig").write_text(text)
+    else:
+        (artifact / "LICENSE").write_text("MIT License")
+        seal(artifact, ["LICENSE"])
+    code, _, err = run("verify", str(artifact), capsys=capsys)
+    assert code == 3 and "model.sig: " in err
+    assert run("sign", str(artifact), "--key", str(key), capsys=capsys)[0] == 0
+    assert verify_folder(artifact, key=key.with_suffix(".pub")).signature == "valid"
+
+
+def test_keys_that_cannot_sign_are_refused_beforehand(key: Path, tmp_path: Path) -> None:
+    check_key(key)
+    other = tmp_path / "rsa"
+    subprocess.run(["openssl", "genrsa", "-out", str(other), "2048"], check=True, capture_output=True)
+    for wrong in (other, key.with_suffix(".pub"), tmp_path / "none"):
+        with pytest.raises(InputError, match="cannot be"):
+            check_key(wrong)
 
 
 def test_another_key_and_no_key(artifact: Path, key: Path, tmp_path: Path, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,8 @@ def sign(folder: Folder, key: PrivateKey = None, json: options.Json = False, qui
     from qwen_quant.verify import check_verified, verify_folder
 
     with running(output) as progress:
-        result = verify_folder(folder, progress)
+        found = verify_folder(folder, progress)
+        result = replace(found, problems=tuple(row for row in found.problems if row.kind != "signature"))
         check_verified(result)
         place = sign_folder(folder, key)
     data = {"folder": str(folder), "signature": str(place), "files": len(result.sha256) + 1}
