@@ -27,7 +27,7 @@ from qwen_quant.models.skeleton import compute_dtype
 from qwen_quant.profile import Subject, measurement, profile_models
 from qwen_quant.profiling import child, memory, parent, png
 from qwen_quant.profiling.energy import energy_meter, joules_between
-from qwen_quant.profiling.page import render_page, write_outputs
+from qwen_quant.profiling.page import protocol_lines, render_page, write_outputs
 from qwen_quant.profiling.protocol import Cell, ProfileConfig, parse_numbers, planned_cells
 from qwen_quant.profiling.published import matching, published_figures
 from qwen_quant.profiling.results import (
@@ -242,6 +242,15 @@ def test_states_of_linear_attention_do_not_grow_with_the_tokens() -> None:
     m = measurement("m", Cell(8, 105, 4), found, bandwidth=1e4)
     assert m.memory is not None and m.memory.kv_cache_bytes == 480 + 60 * 112
     assert m.roofline is not None and m.roofline.bytes_per_step == 900 + 480 + 60 * (8 + 52)
+
+
+def test_the_protocol_says_how_often_and_after_what(swept: ProfileResult) -> None:
+    for changes, words in (
+        ({}, "; 3 runs of each cell after 8 warm-up tokens, "),
+        ({"max_seconds": 5.0}, "; up to 3 runs of each cell after 8 warm-up tokens, "),
+        ({"compile": True, "kv_caches": ("bf16",), "runs": 1}, "; 1 run of each cell after compiling, "),
+    ):
+        assert words in protocol_lines(replace(swept, config=replace(SWEEP, **changes)))[1]
 
 
 def test_the_plain_cache_is_named_by_its_dtype() -> None:

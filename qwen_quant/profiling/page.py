@@ -44,7 +44,7 @@ def protocol_lines(result: ProfileResult) -> tuple[str, ...]:
     lines = [
         f"on: {where}; {dtype}",
         "protocol: context + new tokens, length enforced, tokens/s over all new tokens; "
-        f"{_runs(config)} of each cell, "
+        f"{_runs(config)}, "
         "the median shown; every cell in a fresh process",
     ]
     if rate:
@@ -66,8 +66,8 @@ def protocol_lines(result: ProfileResult) -> tuple[str, ...]:
 
 
 def _runs(config: ProfileConfig) -> str:
-    """ "up to 3 runs after 8 warm-up tokens"."""
-    count = f"{config.runs} run{'s' if config.runs > 1 else ''}"
+    """ "up to 3 runs of each cell after 8 warm-up tokens"."""
+    count = f"{config.runs} run{'s' if config.runs > 1 else ''} of each cell"
     before = "compiling" if config.compile else f"{config.warmup_tokens} warm-up tokens"
     return f"{'up to ' if config.max_seconds and config.runs > 1 else ''}{count} after {before}"
 

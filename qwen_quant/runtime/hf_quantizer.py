@@ -70,6 +70,10 @@ class PackedGPTQConfig(GPTQConfig):
         return self.to_dict()
 
 
+# transformers compares the names of the classes when a caller passes a GPTQConfig for a folder that is quantized.
+PackedGPTQConfig.__name__ = GPTQConfig.__name__
+
+
 class Int4HfQuantizer(HfQuantizer):
     """Loads GPTQ folders with Int4Linear. Raises UsageError instead of quantizing a 16-bit model on the fly."""
 

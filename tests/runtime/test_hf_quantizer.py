@@ -93,6 +93,13 @@ def test_the_settings_survive(artifact: Path) -> None:
     assert config.to_dict()["static_groups"] is True and config.to_dict()["meta"] == {"a": 1}
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_a_callers_own_gptq_config_is_taken(artifact: Path) -> None:
+    """As transformers' documentation has it for loading attributes; the folder's own settings stay."""
+    model = AutoModelForCausalLM.from_pretrained(artifact, quantization_config=GPTQConfig(bits=8, backend="auto"))
+    assert model.config.quantization_config.to_dict()["bits"] == 4 and len(model.kernel_report.linears) == 14
+
+
 def test_saving_is_refused(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not serializable"):
         AutoModelForCausalLM.from_pretrained(artifact).save_pretrained(tmp_path / "saved")
