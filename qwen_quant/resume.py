@@ -75,8 +75,7 @@ class WorkFolder:
         run = json.loads(json.dumps(run))
         self._claim()
         if not resume:
-            for place in (self.artifact, self.state):
-                shutil.rmtree(place, ignore_errors=True)
+            self._clear()
         earlier = self._read(RUN_FILE)
         if earlier is not None and earlier != run:
             raise InputError(
@@ -96,9 +95,13 @@ class WorkFolder:
 
     def create(self) -> None:
         """Make the folder empty, for a run that says with `open` what it is before it commits anything."""
-        if self.root.exists():
-            shutil.rmtree(self.root)
+        self._claim()
+        self._clear()
         self._make_folders()
+
+    def _clear(self) -> None:
+        for place in (self.artifact, self.state):
+            shutil.rmtree(place, ignore_errors=True)
 
     def _make_folders(self) -> None:
         try:
@@ -110,7 +113,9 @@ class WorkFolder:
             ) from error
 
     def _claim(self) -> None:
-        """Make the folder and lock it (InputError when another process works in it)."""
+        """Make the folder and lock it, once (InputError when another process works in it)."""
+        if self._held:
+            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             handle = open(self.root / LOCK_FILE, "w", encoding="utf-8")  # noqa: SIM115 (held until the run ends)

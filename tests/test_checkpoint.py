@@ -148,6 +148,8 @@ def test_one_process_works_in_a_folder(tmp_path: Path) -> None:
         for resume in (True, False):
             with pytest.raises(InputError, match="another run is writing"):
                 WorkFolder(out).open({}, resume=resume)
+        with pytest.raises(InputError, match="another run is writing"):
+            WorkFolder(out).create()
         assert (WorkFolder(out).state / "mine").exists()
         other.kill()
     assert WorkFolder(out).open({}, resume=True)["blocks_done"] == 0
