@@ -128,7 +128,7 @@ class _Storage:
         """Room for `capacity` tokens, one part after the other so that only one is held twice."""
         old, grown = list(self.parts), []
         for index, piece in enumerate(like):
-            room = piece.new_zeros((*piece.shape[:2], capacity, piece.shape[3]))
+            room = piece.new_empty((*piece.shape[:2], capacity, piece.shape[3]))
             if old:
                 room[:, :, : self.length] = old[index][:, :, : self.length]
                 old[index] = room
