@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 Found = TypeVar("Found")
@@ -11,22 +12,13 @@ Found = TypeVar("Found")
 
 def in_background(work: Callable[[], Found]) -> Callable[[], Found]:
     """Start `work` in a thread that an exit does not wait for; what is returned waits for its result, or raises."""
-    found: list[Found] = []
-    failed: list[BaseException] = []
+    future: Future[Found] = Future()
 
     def run() -> None:
         try:
-            found.append(work())
+            future.set_result(work())
         except BaseException as error:  # noqa: BLE001 (raised again by whoever waits)
-            failed.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def wait() -> Found:
-        thread.join()
-        if failed:
-            raise failed[0]
-        return found[0]
-
-    return wait
+    threading.Thread(target=run, daemon=True).start()
+    return future.result

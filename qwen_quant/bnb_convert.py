@@ -39,7 +39,7 @@ from qwen_quant.bnb import (
     tensors_4bit,
     tensors_int8,
 )
-from qwen_quant.bnb_plan import BnbJob, Ready, check_disk, kept_dtype, plan, planned_tensors, prepare
+from qwen_quant.bnb_plan import BnbJob, Ready, kept_dtype, plan, planned_tensors, prepare
 from qwen_quant.checkpoint.audit import check_written, content_sha256
 from qwen_quant.checkpoint.manifest import copy_companions, source_hashes, versions, write_manifest
 from qwen_quant.checkpoint.reader import DTYPE_NAMES, CheckpointReader, file_sha256, raw_bytes
@@ -344,7 +344,7 @@ def quantize_bnb(job: BnbJob, progress: ProgressFn) -> BnbResult:
     state, commit = _begin(ready, source)
     state = {**state, "offsets": _offsets(ready, state, commit, progress)}
     shards = plan(ready, state["offsets"])
-    check_disk(ready.work, sum(shard.nbytes for shard in shards))
+    ready.work.check_disk(sum(shard.nbytes for shard in shards))
     made = _write_all(ready, shards, state, commit, progress)
     files = [ready.work.artifact / shard.file_name for shard in shards]
     written = in_background(lambda: {path.name: file_sha256(path) for path in files})

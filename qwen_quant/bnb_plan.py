@@ -33,7 +33,6 @@ from qwen_quant.checkpoint.families import ModelSpec, read_model_spec
 from qwen_quant.checkpoint.manifest import QUANTIZE_CONFIG_FILE
 from qwen_quant.checkpoint.reader import DTYPE_NAMES, CheckpointReader, natural_order
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, plan_shards
-from qwen_quant.environment import free_disk_bytes
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.models.skeleton import expected_tensors, meta_model
 from qwen_quant.preparation import check_output
@@ -293,16 +292,3 @@ def plan(ready: Ready, offsets: dict[str, float]) -> tuple[PlannedShard, ...]:
     """Every file of the artifact; `offsets` by weight name (double quantization only)."""
     planned = [tensor for name in ready.order for tensor in planned_tensors(ready, name, offsets.get(name))]
     return plan_shards(planned, ready.job.run.max_shard_size_bytes)
-
-
-def check_disk(work: WorkFolder, need: int) -> None:
-    """There is room for `need` bytes more than the unfinished run holds already (InputError otherwise)."""
-    root = work.root
-    already = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.exists() else 0
-    free = free_disk_bytes(work.out)
-    if need - already > free:
-        raise InputError(
-            f"the disk of {work.out.parent} is full",
-            f"{need / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free",
-            "free some space or give an OUT on another disk",
-        )

@@ -30,7 +30,7 @@ from qwen_quant.checkpoint.manifest import (
 from qwen_quant.checkpoint.moves import copy_tensor, joined_sha256
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.checkpoint.writer import PlannedShard, PlannedTensor, PlannedWriter, plan_shards
-from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
+from qwen_quant.environment import peak_rss_bytes
 from qwen_quant.errors import AuditError, InputError
 from qwen_quant.evaluation.equality import LogitsEquality, require_equal_logits, sample_ids
 from qwen_quant.models.skeleton import expected_tensors, meta_model
@@ -217,18 +217,6 @@ def _check_targets(plan: Relabelling, config: dict[str, Any], parameters: int) -
         raise AuditError("the two models have different numbers of parameters")
 
 
-def _check_disk(ready: _Ready) -> None:
-    root = ready.work.root
-    already = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.exists() else 0
-    need, free = ready.output_bytes - already, free_disk_bytes(ready.work.out)
-    if need > free:
-        raise InputError(
-            f"the disk of {ready.work.out.parent} is full",
-            f"{need / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free",
-            "free some space or give an OUT on another disk",
-        )
-
-
 def _write_companions(ready: _Ready) -> tuple[list[str], tuple[str, ...]]:
     """Licence and the like, and the tokenizer as the Qwen2 family has it; returns (left behind, warnings)."""
     folder, model = ready.work.artifact, ready.job.model
@@ -364,7 +352,7 @@ def convert_to_qwen2(job: ConvertJob, progress: ProgressFn) -> ConvertResult:
     """
     started = time.perf_counter()
     ready = _prepare(job)
-    _check_disk(ready)
+    ready.work.check_disk(ready.output_bytes)
     progress("hashing the source", 0, 1)
     identity = _identity(ready, source_hashes(job.model))
     state = ready.work.open(identity, resume=job.run.resume)

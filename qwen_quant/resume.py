@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from qwen_quant.environment import free_disk_bytes
 from qwen_quant.errors import InputError
+from qwen_quant.units import format_bytes
 
 PROGRESS_FILE = "progress.json"
 RUN_FILE = "run.json"
@@ -33,6 +35,17 @@ def write_json_atomically(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def check_disk(out: Path, need: int, purpose: str = "") -> None:
+    """The disk of `out` has `need` bytes free, for what `purpose` says (InputError otherwise)."""
+    free = free_disk_bytes(out)
+    if need > free:
+        raise InputError(
+            f"the disk of {out.parent} is full",
+            f"{format_bytes(need)} needed{purpose}, {format_bytes(free)} free",
+            "free some space or give an OUT on another disk",
+        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,11 @@ class WorkFolder:
     def state(self) -> Path:
         """Settings, progress and hidden states."""
         return self.root / "state"
+
+    def check_disk(self, need: int) -> None:
+        """There is room for an output of `need` bytes, of which some may be here already (InputError otherwise)."""
+        already = sum(p.stat().st_size for p in self.root.rglob("*") if p.is_file()) if self.root.exists() else 0
+        check_disk(self.out, need - already)
 
     def hidden_file(self, stream: int, blocks_done: int) -> Path:
         """Where the hidden states of `stream` after `blocks_done` blocks lie."""

@@ -23,8 +23,8 @@ from qwen_quant.checkpoint.audit import check_kept, check_written, content_sha25
 from qwen_quant.checkpoint.manifest import copy_companions, source_hashes, versions, write_configs, write_manifest
 from qwen_quant.checkpoint.reader import CheckpointReader
 from qwen_quant.checkpoint.writer import PlannedWriter
-from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
-from qwen_quant.errors import AuditError, InputError
+from qwen_quant.environment import peak_rss_bytes
+from qwen_quant.errors import AuditError
 from qwen_quant.experts import ROUTED
 from qwen_quant.packing import SUFFIXES, pack_weight, unpack_weight
 from qwen_quant.plan import PlanEstimate, estimate
@@ -242,19 +242,6 @@ def _manifest(
     }
 
 
-def _check_disk(ready: Prepared) -> None:
-    need, free = ready.footprint.disk_bytes, free_disk_bytes(ready.work.out)
-    already = (
-        sum(p.stat().st_size for p in ready.work.root.rglob("*") if p.is_file()) if ready.work.root.exists() else 0
-    )
-    if need - already > free:
-        raise InputError(
-            f"the disk of {ready.work.out.parent} is full",
-            f"{need / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free",
-            "free some space or give an OUT on another disk",
-        )
-
-
 def quantize_checkpoint(
     job: QuantizeJob, progress: ProgressFn, announce: Callable[[PlanEstimate], None] = lambda estimate: None
 ) -> QuantizeResult:
@@ -265,7 +252,7 @@ def quantize_checkpoint(
     """
     started = time.perf_counter()
     ready = prepare(job)
-    _check_disk(ready)
+    ready.work.check_disk(ready.footprint.disk_bytes)
     predicted = estimate(ready)
     announce(predicted)
     progress("hashing the source", 0, 1)

@@ -574,7 +574,7 @@ def test_bad_folders(qwen2_folder: Path, tmp_path: Path) -> None:
 def test_a_full_disk_is_said_before_the_work(
     qwen2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_quant.bnb_plan.free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("qwen_quant.resume.free_disk_bytes", lambda path: 1000)
     with pytest.raises(InputError, match="the disk of .* is full"):
         convert(qwen2_folder, tmp_path / "out")
 

@@ -411,7 +411,7 @@ def test_token_ids_beyond_the_embedding(tmp_path: Path) -> None:
 
 
 def test_disk_full_before_any_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequential, "free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("qwen_quant.resume.free_disk_bytes", lambda path: 1000)
     with pytest.raises(InputError, match="disk of .* is full") as caught:
         quantize(model, tmp_path / "out")
     assert "needed" in str(caught.value) and not (tmp_path / ".out.partial").exists()

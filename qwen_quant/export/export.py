@@ -8,11 +8,12 @@ weight is compared with the source; only then OUT appears, by one rename, with `
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_quant.background import in_background
 from qwen_quant.checkpoint.manifest import (
     MANIFEST_FILE,
     SEALABLE,
@@ -21,7 +22,7 @@ from qwen_quant.checkpoint.manifest import (
     versions,
     write_manifest,
 )
-from qwen_quant.environment import free_disk_bytes, peak_rss_bytes
+from qwen_quant.environment import peak_rss_bytes
 from qwen_quant.errors import AuditError, InputError, UsageError
 from qwen_quant.export.formats import ExportOptions, ExportPlan, Format, Inexact, Target, find_format, require
 from qwen_quant.export.source import ExportSource, source_sha256
@@ -31,7 +32,6 @@ from qwen_quant.progress import ProgressFn
 from qwen_quant.recipe import RunConfig
 from qwen_quant.results import to_json
 from qwen_quant.resume import WorkFolder
-from qwen_quant.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -198,18 +198,6 @@ def _prepare(job: ExportJob) -> _Ready:
     return _Ready(job, chosen, source, plan, reasons, WorkFolder(job.out.absolute()))
 
 
-def _check_disk(ready: _Ready) -> None:
-    root = ready.work.root
-    already = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.exists() else 0
-    need, free = ready.plan.weight_bytes - already, free_disk_bytes(ready.work.out)
-    if need > free:
-        raise InputError(
-            f"the disk of {ready.work.out.parent} is full",
-            f"{format_bytes(need)} needed, {format_bytes(free)} free",
-            "free some space or give an OUT on another disk",
-        )
-
-
 def _identity(ready: _Ready) -> dict[str, Any]:
     """What an unfinished run must agree with to be continued; sizes and times stand for the source's content."""
     beside = (MANIFEST_FILE, *SEALABLE)  # they do not go into the output, or only by what stays the same in them
@@ -279,15 +267,14 @@ def export_artifact(job: ExportJob, progress: ProgressFn) -> ExportResult:
     """
     started = time.perf_counter()
     ready = _prepare(job)
-    _check_disk(ready)
-    with ThreadPoolExecutor(max_workers=1) as hasher:  # hashing reads what writing reads, and needs no lock
-        sha256 = hasher.submit(source_sha256, job.artifact)
-        left = _write(ready, progress)
-        written = time.perf_counter()
-        proof = _proved(ready, progress)
-        verified = time.perf_counter()
-        progress("hashing the source", 0, 1)
-        result = _result(ready, proof, left, sha256, (started, written, verified))
+    ready.work.check_disk(ready.plan.weight_bytes)
+    sha256 = in_background(lambda: source_sha256(job.artifact))  # it reads what writing reads
+    left = _write(ready, progress)
+    written = time.perf_counter()
+    proof = _proved(ready, progress)
+    verified = time.perf_counter()
+    progress("hashing the source", 0, 1)
+    result = _result(ready, proof, left, sha256, (started, written, verified))
     progress("hashing the output", 0, 1)
     write_manifest(ready.work.artifact, _manifest(ready, result))
     ready.work.publish(force=job.run.force)
@@ -295,7 +282,7 @@ def export_artifact(job: ExportJob, progress: ProgressFn) -> ExportResult:
 
 
 def _result(
-    ready: _Ready, proof: Verification, left: list[str], sha256: Future[str], times: tuple[float, float, float]
+    ready: _Ready, proof: Verification, left: list[str], sha256: Callable[[], str], times: tuple[float, float, float]
 ) -> ExportResult:
     """Everything about the finished run; `times` are when it started, had written and had verified."""
     facts, files = ready.source.facts, _output_files(ready.work.artifact)
@@ -315,7 +302,7 @@ def _result(
         runtimes=ready.format.runtimes,
         notes=ready.plan.notes,
         dropped=dict(ready.plan.dropped),
-        source_sha256=sha256.result(),
+        source_sha256=sha256(),
         source_bytes=ready.source.nbytes,
         output_bytes=sum(path.stat().st_size for path in files),
         files=tuple(str(path.relative_to(ready.work.artifact)) for path in files),

@@ -27,8 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_quant.environment import free_disk_bytes
-from qwen_quant.errors import InputError
 from qwen_quant.export import checks
 from qwen_quant.export.behind import Behind
 from qwen_quant.export.decoder import (
@@ -51,7 +49,7 @@ from qwen_quant.export.openvino_spool import STACKS, TYPES, Spool
 from qwen_quant.export.pivot import PackedRows, pack_codes, unpack_codes
 from qwen_quant.export.stacks import EXPERT, place_of
 from qwen_quant.progress import ProgressFn
-from qwen_quant.units import format_bytes
+from qwen_quant.resume import check_disk
 
 if TYPE_CHECKING:
     from qwen_quant.export.source import ExportSource
@@ -235,13 +233,8 @@ def _check_space(source: ExportSource, options: ExportOptions, folder: Path) -> 
     """The collected constants stand beside the .bin while it is written (InputError before the first byte)."""
     path = folder / SPOOL_FILE
     there = path.stat().st_size if path.is_file() else 0
-    need, free = max(0, 2 * _plan(source, options).weight_bytes - there), free_disk_bytes(folder)
-    if need > free:
-        raise InputError(
-            f"the disk of {folder.parent} is full",
-            f"{format_bytes(need)} needed for the IR and a temporary copy of its constants, {format_bytes(free)} free",
-            "free some space or give an OUT on another disk",
-        )
+    need = 2 * _plan(source, options).weight_bytes - there
+    check_disk(folder, need, " for the IR and a temporary copy of its constants")
 
 
 def _collect(source: ExportSource, options: ExportOptions, target: Target, progress: ProgressFn) -> Spool:

@@ -346,7 +346,7 @@ def test_bad_input_leaves_nothing(artifact: Path, checkpoint: Path, tmp_path: Pa
     with pytest.raises(InputError, match="exists"):
         run(artifact, out, "awq")
     out.rmdir()
-    monkeypatch.setattr(driver, "free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("qwen_quant.resume.free_disk_bytes", lambda path: 1000)
     with pytest.raises(InputError, match="full"):
         run(artifact, out, "awq")
     with pytest.raises(InputError) as missing:

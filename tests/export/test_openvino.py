@@ -99,7 +99,7 @@ def test_a_disk_without_room_for_the_temporary_copy_is_an_error_in_advance(
 ) -> None:
     source = ExportSource(artifact(tmp_path))
     size = openvino.OPENVINO.plan(source, ExportOptions()).weight_bytes
-    monkeypatch.setattr(openvino, "free_disk_bytes", lambda folder: 2 * size - 1)
+    monkeypatch.setattr("qwen_quant.resume.free_disk_bytes", lambda folder: 2 * size - 1)
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="is full"):
         openvino.OPENVINO.write(source, ExportOptions(), Target(tmp_path / "out"), no_progress)
